@@ -1,0 +1,321 @@
+"""The bundle: the directory that export writes and the runtime opens. Standard library only.
+
+This module is the only reader and writer of the format (docs/bundle-format.md). It knows names, shapes,
+hashes and files; it does not know what a graph or an engine is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from offramp.errors import BundleError, CorruptError, VersionError
+from offramp.storage import remove_file, write_file
+
+SCHEMA = 1
+MANIFEST = "manifest.json"
+POLICY = "policy.json"
+ROWS = "rows"  # dimension name of the row axis, and name of the input with the rows that go on
+INVERSE_TEMPERATURE = "inverse_temperature"
+SCORES = ("max_prob", "margin", "entropy")  # columns of the `scores` output, in order
+
+Dimension = int | str
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of a segment's interface: numpy dtype name and shape, symbolic dimensions by name."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dimension, ...]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """A model input, with the closed range of its integer values; a mask has at least one 1 per row."""
+
+    name: str
+    dtype: str
+    shape: tuple[Dimension, ...]
+    minimum: int | None
+    maximum: int | None
+    is_mask: bool
+
+
+@dataclass(frozen=True)
+class DimensionSpec:
+    """Closed range of a symbolic dimension."""
+
+    min: int
+    max: int
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of the bundle: relative path with forward slashes, size and SHA-256 in hexadecimal."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class PlanRecord:
+    """A TensorRT plan of one segment and everything that decides whether it can run somewhere."""
+
+    file: FileRecord
+    key: str
+    backend: str
+    precision: str
+    version: str
+    targets: tuple[str, ...]
+    profile: dict[str, tuple[tuple[int, ...], ...]]  # input name -> (min, opt, max) shapes
+    fp16_share: float  # of the layers of the parsed network, those that compute in FP16
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ExitSpec:
+    """One exit, in order of depth; the last one is the final exit."""
+
+    name: str
+    num_classes: int
+
+
+@dataclass(frozen=True)
+class SegmentSpec:
+    """The interface and the files of one segment (DESIGN: segment contract)."""
+
+    index: int
+    inputs: tuple[str, ...]  # model inputs read here: all of them in segment 0, late inputs afterwards
+    carry_in: tuple[TensorSpec, ...]
+    carry_out: tuple[TensorSpec, ...]
+    graphs: dict[str, FileRecord]  # precision -> ONNX graph
+    plans: tuple[PlanRecord, ...] = ()
+
+
+@dataclass(frozen=True)
+class TextSpec:
+    """How to turn text into the model's inputs."""
+
+    tokenizer: FileRecord
+    max_length: int
+    ids: str
+    mask: str
+
+
+@dataclass(frozen=True)
+class PolicyRecord:
+    """`policy.json` by its hash; `pending` is accepted too while an update is under way."""
+
+    sha256: str
+    pending: str = ""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything about a bundle but the contents of its files."""
+
+    name: str
+    inputs: tuple[InputSpec, ...]
+    dimensions: dict[str, DimensionSpec]
+    exits: tuple[ExitSpec, ...]
+    segments: tuple[SegmentSpec, ...]
+    policy: PolicyRecord
+    reference_sha256: str  # of whole.onnx in BUNDLE.reference
+    labels: tuple[str, ...] = ()
+    text: TextSpec | None = None
+    tools: dict[str, str] = field(default_factory=dict)
+    parity: dict[str, Any] = field(default_factory=dict)
+    schema: int = SCHEMA
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the graphs of all segments: what a policy or a trace was made for."""
+        digest = hashlib.sha256()
+        for segment in self.segments:
+            for precision in sorted(segment.graphs):
+                digest.update(f"{precision}:{segment.graphs[precision].sha256}\n".encode())
+        return digest.hexdigest()
+
+
+def load_manifest(bundle: Path) -> Manifest:
+    """Read and check the manifest of `bundle`.
+
+    Raises BundleError when it is not a bundle, VersionError when a newer offramp wrote it, CorruptError
+    when it is malformed.
+    """
+    path = bundle / MANIFEST
+    try:
+        document = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        raise BundleError(
+            f"{bundle} is not a bundle: it has no {MANIFEST}; make one with `offramp export MODEL -o {bundle}`"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as exc:
+        raise CorruptError(f"reading {path}: {exc}; export the bundle again or restore it") from exc
+    schema = document.get("schema") if isinstance(document, dict) else None
+    if not isinstance(schema, int):
+        raise CorruptError(f"{path} has no integer `schema`; export the bundle again or restore it")
+    if schema > SCHEMA:
+        raise VersionError(
+            f"{path} has schema {schema}, this offramp reads up to {SCHEMA}; upgrade with `pip install -U offramp`"
+        )
+    manifest: Manifest = _decode(Manifest, document, str(path))
+    _check_consistent(manifest, path)
+    return manifest
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
+    """The manifest as UTF-8 JSON, byte for byte the same for equal manifests."""
+    return (json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + "\n").encode()
+
+
+def save_manifest(bundle: Path, manifest: Manifest) -> None:
+    """Replace the manifest of `bundle` atomically. Raises StorageError."""
+    write_file(bundle / MANIFEST, manifest_bytes(manifest))
+
+
+def file_record(path: str, content: bytes) -> FileRecord:
+    """The record of `content` stored under `path`, relative to the bundle."""
+    return FileRecord(path, len(content), hashlib.sha256(content).hexdigest())
+
+
+def read_file(bundle: Path, record: FileRecord) -> bytes:
+    """The content of a file of the bundle, returned only when size and hash are right. Raises CorruptError."""
+    pure = PurePosixPath(record.path)
+    if pure.is_absolute() or ".." in pure.parts:
+        raise CorruptError(f"{bundle / MANIFEST} names {record.path!r}, which is outside the bundle")
+    content = _read(bundle / pure)
+    if len(content) != record.bytes or hashlib.sha256(content).hexdigest() != record.sha256:
+        raise CorruptError(
+            f"{bundle / pure} is not the file that was exported: got {len(content)} bytes, expected "
+            f"{record.bytes} with SHA-256 {record.sha256[:12]}…; export the bundle again or restore it"
+        )
+    return content
+
+
+def read_policy(bundle: Path, manifest: Manifest) -> bytes:
+    """The bytes of `policy.json`, checked against the manifest. Raises CorruptError."""
+    content = _read(bundle / POLICY)
+    if hashlib.sha256(content).hexdigest() not in (manifest.policy.sha256, manifest.policy.pending):
+        raise CorruptError(
+            f"{bundle / POLICY} was altered after calibration: its SHA-256 is not the manifest's; "
+            f"run `offramp calibrate {bundle}`, or pass a policy of your own"
+        )
+    return content
+
+
+def replace_policy(bundle: Path, content: bytes) -> None:
+    """Replace `policy.json`; at every moment the manifest accepts the policy that is on disk.
+
+    The manifest first accepts both the old and the new hash, then the file is swapped, then the manifest
+    accepts only the new one: an interruption anywhere leaves a whole bundle. Raises StorageError.
+    """
+    manifest = load_manifest(bundle)
+    sha256 = hashlib.sha256(content).hexdigest()
+    current = hashlib.sha256(read_policy(bundle, manifest)).hexdigest()
+    save_manifest(bundle, replace(manifest, policy=PolicyRecord(current, sha256)))
+    write_file(bundle / POLICY, content)
+    save_manifest(bundle, replace(manifest, policy=PolicyRecord(sha256)))
+
+
+def add_plan(bundle: Path, index: int, plan: PlanRecord, content: bytes) -> Manifest:
+    """Store a plan for segment `index` and record it, in place of one with the same key.
+
+    Raises StorageError; the bundle is then as it was.
+    """
+    manifest = load_manifest(bundle)
+    path = bundle / plan.file.path
+    is_new = not path.exists()
+    write_file(path, content)
+    segment = manifest.segments[index]
+    kept = tuple(old for old in segment.plans if old.key != plan.key)
+    segments = list(manifest.segments)
+    segments[index] = replace(segment, plans=(*kept, plan))
+    updated = replace(manifest, segments=tuple(segments))
+    try:
+        save_manifest(bundle, updated)
+    except BaseException:
+        if is_new:
+            remove_file(path)
+        raise
+    return updated
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise CorruptError(f"{path} is missing; export the bundle again or restore it") from None
+    except OSError as exc:
+        raise CorruptError(f"reading {path}: {exc}; export the bundle again or restore it") from exc
+
+
+def _check_consistent(manifest: Manifest, path: Path) -> None:
+    """Raise CorruptError when parts of the manifest contradict each other."""
+    segments = manifest.segments
+    if not segments or len(segments) != len(manifest.exits):
+        raise CorruptError(
+            f"{path} has {len(segments)} segments and {len(manifest.exits)} exits; expected as many, at least 1"
+        )
+    names = {spec.name for spec in manifest.inputs}
+    for position, segment in enumerate(segments):
+        before = segments[position - 1].carry_out if position else ()
+        same = len(before) == len(segment.carry_in)
+        if segment.index != position or not same or not names.issuperset(segment.inputs):
+            raise CorruptError(
+                f"{path}: segment {position} does not fit the one before it; export the bundle again"
+            )
+
+
+def _decode(kind: Any, value: Any, where: str) -> Any:
+    """`value` as `kind` (a dataclass, tuple, dict, union or scalar type), or CorruptError naming `where`."""
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if kind is Any:
+        return value
+    if dataclasses.is_dataclass(kind):
+        return _decode_dataclass(typing.cast(type, kind), value, where)
+    if origin in (types.UnionType, typing.Union):
+        return _decode_union(arguments, value, where)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
+    if origin is dict and isinstance(value, dict):
+        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
+    if kind is float and type(value) is int:
+        return float(value)
+    if origin is None and type(value) is kind:
+        return value
+    raise CorruptError(f"{where}: got {type(value).__name__}, expected {kind}; export the bundle again")
+
+
+def _decode_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
+    for kind in kinds:
+        if kind is type(None) and value is None:
+            return None
+        if kind is not type(None) and (dataclasses.is_dataclass(kind) or type(value) is kind):
+            return _decode(kind, value, where) if value is not None else None
+    raise CorruptError(
+        f"{where}: got {type(value).__name__}, expected one of {kinds}; export the bundle again"
+    )
+
+
+def _decode_dataclass(kind: type, value: Any, where: str) -> Any:
+    if not isinstance(value, dict):
+        raise CorruptError(f"{where}: got {type(value).__name__}, expected an object")
+    hints = typing.get_type_hints(kind)
+    required = {
+        f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING
+    }
+    if missing := required - value.keys():
+        raise CorruptError(f"{where}: missing {', '.join(sorted(missing))}; export the bundle again")
+    if unknown := value.keys() - hints.keys():
+        raise CorruptError(f"{where}: unknown {', '.join(sorted(unknown))}; export the bundle again")
+    return kind(**{name: _decode(hints[name], item, f"{where}.{name}") for name, item in value.items()})

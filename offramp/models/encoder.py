@@ -1,0 +1,196 @@
+"""A BERT encoder with a small classifier (exit head) after some of its layers.
+
+The encoder is an ordinary `nn.Module`: nothing in the compiler knows it. The layers are those of
+`transformers`; the loop over them is ours, so that a segment is a run of layers.
+"""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from transformers import BertConfig, BertModel
+from transformers.utils import logging as transformers_logging
+
+from offramp.errors import DataError, ModelError, OptionError
+
+Pooling = Literal["mean", "cls"]
+
+# Added to the attention scores of padding. Finite, because -inf keeps the mask, the addition and the softmax
+# out of FP16 (executed, ModelOpt AutoCast 0.47) and makes NaN of a row that is all padding; exp(-1e4) is
+# exactly 0 in FP32 and FP16, so padding changes no bit.
+MASKED_SCORE = -1e4
+
+
+@dataclass(frozen=True)
+class EncoderConfig:
+    """Where the exits are and how they read the hidden state.
+
+    `exits` are 1-based layers in increasing order; layers above the last one are dropped, so `(2,)` is a static
+    model of 2 layers. `dropout` holds for the layers and the exit heads. Raises OptionError.
+    """
+
+    exits: tuple[int, ...] = (2, 4, 6)
+    num_classes: int = 2
+    pooling: Pooling = "mean"
+    dropout: float = 0.1  # BERT's own (arXiv 1810.04805, appendix A.2)
+
+    def __post_init__(self) -> None:
+        increasing = all(low < high for low, high in zip(self.exits, self.exits[1:], strict=False))
+        if not self.exits or self.exits[0] < 1 or not increasing:
+            raise OptionError(
+                f"exits: got {self.exits}, expected layer numbers from 1, strictly increasing, such as (2, 4, 6)"
+            )
+        if self.num_classes < 2:
+            raise OptionError(f"num_classes: got {self.num_classes}, expected 2 or more")
+        if self.pooling not in get_args(Pooling):
+            raise OptionError(f"pooling: got {self.pooling!r}, expected one of {get_args(Pooling)}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise OptionError(f"dropout: got {self.dropout}, expected a number in [0, 1)")
+
+
+class EarlyExitEncoder(nn.Module):
+    """Encoder whose forward returns one (N, C) tensor of logits per exit, in order, the final exit last.
+
+    It takes over the embeddings and the first layers of `bert` (shared, not copied). Raises ModelError if
+    `bert` has too few layers or is a decoder.
+    """
+
+    def __init__(self, bert: BertModel, config: EncoderConfig) -> None:
+        super().__init__()
+        check_bert(bert, config)
+        # Fewer operators than "sdpa" when exported, which scales queries and keys separately.
+        bert.set_attn_implementation("eager")
+        self.config = config
+        self.bert_config = bert.config
+        self.bert_config.num_hidden_layers = config.exits[-1]
+        self.embeddings = bert.embeddings
+        self.layers = nn.ModuleList(list(bert.encoder.layer)[: config.exits[-1]])
+        self.heads = nn.ModuleList(
+            exit_head(self.bert_config.hidden_size, config.num_classes, config.dropout) for _ in config.exits
+        )
+        set_dropout(self, config.dropout)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        """Classify N token sequences: input_ids and attention_mask (1 = token, 0 = padding) are (N, T) int64."""
+        kept = attention_mask.to(self.embeddings.word_embeddings.weight.dtype)[
+            :, None, :
+        ]  # (N, 1, T) in {0, 1}
+        score_mask = (1.0 - kept)[:, None] * MASKED_SCORE  # (N, 1, 1, T) in {MASKED_SCORE, 0}
+        token_weights = mean_weights(kept) if self.config.pooling == "mean" else None  # (N, 1, T)
+        hidden = self.embeddings(input_ids)  # (N, T, d)
+        logits = []
+        heads = iter(self.heads)
+        for depth, layer in enumerate(self.layers, start=1):
+            hidden = layer(hidden, score_mask)  # (N, T, d)
+            if depth in self.config.exits:
+                logits.append(next(heads)(pooled(hidden, token_weights)))  # (N, C)
+        return tuple(logits)
+
+
+def exit_head(hidden_size: int, num_classes: int, dropout: float) -> nn.Module:
+    """Build one exit head: (N, d) to (N, C)."""
+    return nn.Sequential(nn.Dropout(dropout), nn.Linear(hidden_size, num_classes))
+
+
+def mean_weights(kept: Tensor) -> Tensor:
+    """Return the weight of every token in the mean of its row: kept (N, 1, T) in {0, 1} to (N, 1, T).
+
+    A row without tokens gets zeros, not NaN. The sum is exact in any order: it counts ones.
+    """
+    return kept / kept.sum(dim=-1, keepdim=True).clamp(min=1.0)
+
+
+def pooled(hidden: Tensor, token_weights: Tensor | None) -> Tensor:
+    """Pool hidden (N, T, d) to (N, d): the weighted mean over tokens, or the first token without weights.
+
+    The mean is a matrix product, because ONNX Runtime's ReduceSum over tokens gives other bits in another
+    batch (5.7e-6 seen, docs/tolerances.md), and then an answer would depend on its neighbours.
+    """
+    if token_weights is None:
+        return hidden[:, 0]
+    return torch.matmul(token_weights, hidden).squeeze(1)
+
+
+def set_dropout(module: nn.Module, dropout: float) -> None:
+    """Give every dropout inside `module` the same probability."""
+    for child in module.modules():
+        if isinstance(child, nn.Dropout):
+            child.p = dropout
+
+
+def check_bert(bert: BertModel, config: EncoderConfig) -> None:
+    """Raise ModelError unless `bert` is an encoder with a layer for every exit."""
+    num_layers = bert.config.num_hidden_layers
+    if num_layers < config.exits[-1]:
+        raise ModelError(
+            f"placing exits {config.exits}: the encoder has {num_layers} layers; choose exits up to {num_layers}"
+        )
+    if bert.config.is_decoder or bert.config.add_cross_attention:
+        raise ModelError(
+            "placing exits: got a BERT decoder, expected an encoder; set is_decoder and add_cross_attention to "
+            "false in its config.json"
+        )
+
+
+def encoder_from_pretrained(path: Path, config: EncoderConfig, seed: int = 0) -> EarlyExitEncoder:
+    """Build an encoder from a BertModel directory (config.json and weights), exit heads drawn from `seed`.
+
+    Nothing is downloaded. Raises DataError if the directory is not such a checkpoint, ModelError as
+    EarlyExitEncoder does.
+    """
+    bert = load_bert(path)
+    if seed < 0 or not math.isfinite(seed):
+        raise OptionError(f"seed: got {seed}, expected an integer from 0")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return EarlyExitEncoder(bert, config).eval()
+
+
+def load_bert(path: Path) -> BertModel:
+    """Load a BertModel directory without its pooler; raise DataError if it is not one."""
+    cure = "expected a directory that BertModel.save_pretrained wrote (config.json, model.safetensors)"
+    try:
+        bert_config = BertConfig.from_pretrained(path, local_files_only=True)
+        if bert_config.model_type != "bert":
+            raise DataError(f"loading an encoder from {path}: got a {bert_config.model_type} model; {cure}")
+        with quiet_transformers():
+            bert, info = BertModel.from_pretrained(
+                path,
+                config=bert_config,
+                add_pooling_layer=False,
+                dtype=torch.float32,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except DataError:
+        raise
+    except (
+        Exception
+    ) as exc:  # transformers raises OSError, ValueError, RuntimeError, safetensors' own and more
+        raise DataError(f"loading an encoder from {path}: got {type(exc).__name__}: {exc}; {cure}") from exc
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise DataError(
+            f"loading an encoder from {path}: {len(missing)} weights missing ({missing[0]} …); {cure}"
+        )
+    return bert
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence the progress bar and load report of transformers, and put its settings back."""
+    verbosity = transformers_logging.get_verbosity()
+    bars_were_on = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars_were_on:
+            transformers_logging.enable_progress_bar()

@@ -1,0 +1,35 @@
+"""The engine seam: what the runner asks of whatever executes one segment, and the public fake for tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+@dataclass(frozen=True, slots=True)
+class SegmentOutput:
+    """What one segment said about its S rows."""
+
+    carry: (
+        Any  # for the next engine of the same backend; what it is and where it lives is the backend's affair
+    )
+    logits: NDArray[np.float32]  # (S, C)
+    prediction: NDArray[np.int64]  # (S,)
+    scores: NDArray[np.float32]  # (S, 3): max probability, margin, normalised entropy, all in [0, 1]
+
+
+class Engine(Protocol):
+    """One segment, ready to run in this process. Not to be shared between threads."""
+
+    def run(self, carry: Any, rows: NDArray[np.int64], inverse_temperature: np.float32) -> SegmentOutput:
+        """Run the segment on the rows `rows` (S,) of `carry`, S >= 1.
+
+        For the first segment `carry` maps the model's input names to arrays and `rows` counts all of them;
+        afterwards it is the `carry` of the previous segment's output.
+        """
+
+    def close(self) -> None:
+        """Give everything back; the engine cannot run afterwards."""

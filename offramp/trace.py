@@ -1,0 +1,83 @@
+"""The trace: what every exit said about every row of a data set, recorded on real engines. Numpy only.
+
+The runtime records it (`Runner.record`), tuning reads it; it stands below both for that reason.
+"""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.bundle import SCORES
+from offramp.errors import DataError
+from offramp.storage import write_file
+
+UNKNOWN = -1  # label of a row whose label is not known
+
+
+@dataclass(frozen=True)
+class Trace:
+    """Every exit's answers about N rows, taken with all exits closed.
+
+    `costs_ms` (E,) is the median time of each segment for one row, measured where the trace was recorded.
+    """
+
+    logits: NDArray[np.float32]  # (N, E, C)
+    scores: NDArray[np.float32]  # (N, E, 3), at `temperatures`
+    predictions: NDArray[np.int64]  # (N, E)
+    temperatures: NDArray[np.float64]  # (E,)
+    labels: NDArray[np.int64]  # (N,), UNKNOWN where there is none
+    costs_ms: NDArray[np.float64]  # (E,)
+    fingerprint: str  # Manifest.fingerprint of the bundle
+    backend: str
+    precision: str
+
+    def __post_init__(self) -> None:
+        if self.logits.ndim != 3 or not np.isfinite(self.logits).all():
+            raise DataError(
+                f"trace: got logits of shape {self.logits.shape}, expected finite (rows, exits, classes)"
+            )
+        rows, exits, classes = self.logits.shape
+        expected = {
+            "scores": (rows, exits, len(SCORES)),
+            "predictions": (rows, exits),
+            "temperatures": (exits,),
+            "labels": (rows,),
+            "costs_ms": (exits,),
+        }
+        for name, shape in expected.items():
+            if (got := getattr(self, name).shape) != shape:
+                raise DataError(
+                    f"trace: got {name} of shape {got}, expected {shape} beside logits {self.logits.shape}"
+                )
+        if rows and not (self.labels.min() >= UNKNOWN and self.labels.max() < classes):
+            raise DataError(
+                f"trace: got labels in [{self.labels.min()}, {self.labels.max()}], expected below {classes}"
+            )
+
+    @property
+    def num_exits(self) -> int:
+        return self.logits.shape[1]
+
+
+def save_trace(path: Path, trace: Trace) -> None:
+    """Write `trace` to an .npz file atomically. Raises StorageError."""
+    stream = io.BytesIO()
+    np.savez_compressed(stream, **{f.name: np.asarray(getattr(trace, f.name)) for f in fields(trace)})
+    write_file(path, stream.getvalue())
+
+
+def load_trace(path: Path) -> Trace:
+    """Read a trace written by `save_trace`. Raises DataError."""
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {f.name: archive[f.name] for f in fields(Trace)}
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as exc:
+        raise DataError(f"reading trace {path}: {exc}; record it again with `offramp calibrate`") from exc
+    text = {name: str(arrays.pop(name)) for name in ("fingerprint", "backend", "precision")}
+    return Trace(**arrays, **text)
