@@ -9,6 +9,7 @@ import io
 import zipfile
 from dataclasses import dataclass, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,13 +63,14 @@ class Trace:
 
     @property
     def num_exits(self) -> int:
-        return self.logits.shape[1]
+        return int(self.logits.shape[1])
 
 
 def save_trace(path: Path, trace: Trace) -> None:
     """Write `trace` to an .npz file atomically. Raises StorageError."""
     stream = io.BytesIO()
-    np.savez_compressed(stream, **{f.name: np.asarray(getattr(trace, f.name)) for f in fields(trace)})
+    arrays: dict[str, Any] = {f.name: np.asarray(getattr(trace, f.name)) for f in fields(trace)}
+    np.savez_compressed(stream, **arrays)
     write_file(path, stream.getvalue())
 
 
@@ -76,8 +78,8 @@ def load_trace(path: Path) -> Trace:
     """Read a trace written by `save_trace`. Raises DataError."""
     try:
         with np.load(path, allow_pickle=False) as archive:
-            arrays = {f.name: archive[f.name] for f in fields(Trace)}
+            arrays: dict[str, Any] = {f.name: archive[f.name] for f in fields(Trace)}
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as exc:
         raise DataError(f"reading trace {path}: {exc}; record it again with `offramp calibrate`") from exc
-    text = {name: str(arrays.pop(name)) for name in ("fingerprint", "backend", "precision")}
-    return Trace(**arrays, **text)
+    arrays |= {name: str(arrays[name]) for name in ("fingerprint", "backend", "precision")}
+    return Trace(**arrays)

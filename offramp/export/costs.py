@@ -1,0 +1,76 @@
+"""What carrying a tensor and running an operator again cost, in nanoseconds: the prices of the minimum cut."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from onnx import NodeProto
+
+from offramp.export.graph import GraphView
+from offramp.export.mincut import CutProblem
+from offramp.export.probe import Probe
+
+# Operators that hold a learned layer when one of their inputs is a weight; a learned layer is never run twice.
+_LEARNED = frozenset(
+    {
+        *("MatMul", "Gemm", "Conv", "ConvTranspose", "Einsum", "LSTM", "GRU", "RNN", "Attention"),
+        *("MatMulInteger", "ConvInteger", "QLinearMatMul", "QLinearConv", "DeformConv", "MultiHeadAttention"),
+    }
+)
+_PRODUCTS = frozenset({"MatMul", "Gemm", "Einsum", "Attention"})  # work = 2 x outputs x inner length
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Prices on ONNX Runtime's CPU provider, measured by bench/cut_costs.py (bench/results/cut_costs.json)."""
+
+    rows: int = 1  # the batch that prices are for: a gateway answers one request at a time
+    carry_ns: float = 9_000  # one tensor more at a boundary: its gather, its way out to numpy and in again
+    launch_ns: float = 2_500  # one small operator more
+    ns_per_kib: float = 45  # moving memory once, read and written
+    ns_per_kflop: float = 20  # small matrix products
+
+    def problem(self, view: GraphView, probe: Probe, reads: Sequence[Sequence[str]]) -> CutProblem:
+        """The cut problem of `view` when node i really needs the data of the tensors `reads[i]`."""
+        computed, makes, rerun = [], [], []
+        data = set(view.input_names)  # tensors that depend on more than the sizes of the inputs
+        for index, node in enumerate(view.nodes):
+            read = tuple(name for name in reads[index] if name in probe.tensors)
+            made = tuple(name for name in node.output if name in probe.tensors)
+            depends_on_data = not data.isdisjoint(read)
+            if depends_on_data:
+                data.update(made)
+            computed.append(read)
+            makes.append(made)
+            rerun.append(self._rerun_ns(probe, node, made, depends_on_data))
+        return CutProblem(
+            computed, makes, {name: self._carry_ns(probe, name) for name in probe.tensors}, rerun
+        )
+
+    def _carry_ns(self, probe: Probe, name: str) -> int | None:
+        facts = probe.tensors[name]
+        if not facts.has_row_axis:
+            return None
+        return round(self.carry_ns + self.ns_per_kib * self.rows * facts.bytes_per_row / 1024)
+
+    def _rerun_ns(
+        self, probe: Probe, node: NodeProto, made: tuple[str, ...], depends_on_data: bool
+    ) -> int | None:
+        has_weight = any(name and name not in probe.tensors for name in node.input)
+        if depends_on_data and has_weight and node.op_type in _LEARNED:
+            return None
+        moved = sum(
+            probe.tensors[name].bytes_per_row for name in (*node.input, *made) if name in probe.tensors
+        )
+        return round(
+            self.launch_ns + self.rows * (self.ns_per_kib * moved / 1024 + self._product_ns(probe, node))
+        )
+
+    def _product_ns(self, probe: Probe, node: NodeProto) -> float:
+        """Arithmetic of one row of a matrix product of two computed tensors, as far as shapes tell."""
+        if node.op_type not in _PRODUCTS or node.input[0] not in probe.tensors:
+            return 0.0
+        left, out = probe.tensors[node.input[0]], probe.tensors[node.output[0]]
+        inner = left.laws[-1][0] if left.laws else 1
+        return self.ns_per_kflop * 2 * out.bytes_per_row / 4 * inner / 1000

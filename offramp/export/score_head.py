@@ -1,0 +1,65 @@
+"""The score head: from the logits of an exit to its scores and prediction, inside the segment's graph.
+
+It stays in FP32 in every lowering. The inverse temperature is an input, so recalibration needs no rebuild.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from onnx import NodeProto, TensorProto, helper, numpy_helper
+
+from offramp.bundle import INVERSE_TEMPERATURE
+
+PREFIX = "offramp/"  # of the names of all nodes and tensors that the cut adds
+
+
+def score_head(num_classes: int) -> tuple[list[NodeProto], list[TensorProto]]:
+    """Nodes and constants from `logits` (S, C) and `inverse_temperature` () to `prediction` and `scores`.
+
+    Entropy is the mean over classes of p log p, by GlobalAveragePool, times -C / log C. ONNX Runtime's ReduceSum
+    adds a row in an order that depends on where the row starts in memory (seen for C = 5 and 37: other bits in
+    another batch), its GlobalAveragePool does not; and p log p comes from LogSoftmax because Log is not bit-stable.
+    """
+
+    def name(tensor: str) -> str:
+        return f"{PREFIX}{tensor}"
+
+    def node(operator: str, inputs: list[str], output: str, **attributes: int) -> NodeProto:
+        return helper.make_node(operator, inputs, [output], name=f"{PREFIX}{operator}/{output}", **attributes)
+
+    def constant(tensor: str, value: object) -> TensorProto:
+        return numpy_helper.from_array(np.asarray(value), name(tensor))
+
+    constants = [
+        constant("two", np.array([2], np.int64)),
+        constant("first", np.array([0], np.int64)),
+        constant("second", np.array([1], np.int64)),
+        constant("as_planes", np.array([-1, 1, num_classes], np.int64)),
+        constant("as_column", np.array([-1, 1], np.int64)),
+        constant("entropy_scale", np.float32(-num_classes / math.log(num_classes))),
+    ]
+    nodes = [
+        node("ArgMax", ["logits"], "prediction", axis=1, keepdims=0),
+        node("Mul", ["logits", INVERSE_TEMPERATURE], name("scaled")),
+        node("Softmax", [name("scaled")], name("probability"), axis=1),
+        helper.make_node(
+            "TopK",
+            [name("probability"), name("two")],
+            [name("top"), name("top_classes")],
+            f"{PREFIX}TopK",
+            axis=1,
+        ),
+        node("Gather", [name("top"), name("first")], name("max_prob"), axis=1),
+        node("Gather", [name("top"), name("second")], name("runner_up"), axis=1),
+        node("Sub", [name("max_prob"), name("runner_up")], name("margin")),
+        node("LogSoftmax", [name("scaled")], name("log_probability"), axis=1),
+        node("Mul", [name("probability"), name("log_probability")], name("information")),
+        node("Reshape", [name("information"), name("as_planes")], name("planes")),
+        node("GlobalAveragePool", [name("planes")], name("mean_information")),
+        node("Reshape", [name("mean_information"), name("as_column")], name("mean_column")),
+        node("Mul", [name("mean_column"), name("entropy_scale")], name("entropy")),
+        node("Concat", [name("max_prob"), name("margin"), name("entropy")], "scores", axis=1),
+    ]
+    return nodes, constants

@@ -1,0 +1,92 @@
+"""What a TensorRT plan says about itself, read without TensorRT and without a GPU. Standard library only.
+
+It answers who built a plan and why it cannot run here; it never deserializes one.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from offramp.bundle import PlanRecord
+from offramp.errors import PlanError
+
+# Layout of the header: read in trtexec's printPlanVersion, checked on real TensorRT-RTX plans (docs/log.md).
+_TAGS = {0x74727466: "tensorrt", 0x74727476: "tensorrt-rtx"}
+_HEADER_BYTES = 28
+_TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
+_REBUILD = "run `offramp build-engine BUNDLE`"
+
+
+@dataclass(frozen=True)
+class PlanHeader:
+    """Which TensorRT wrote a plan: backend and version, as "1.7.1.116"."""
+
+    backend: str
+    version: str
+
+
+def plan_header(content: bytes) -> PlanHeader:
+    """Read the header of a plan. Raises PlanError when `content` is not a plan."""
+    if len(content) < _HEADER_BYTES:
+        raise PlanError(
+            f"reading the header of a plan: got {len(content)} bytes, expected at least {_HEADER_BYTES}; "
+            f"{_REBUILD}"
+        )
+    (tag,) = struct.unpack_from("<I", content)
+    if tag not in _TAGS:
+        known = " or ".join(f"{value:#010x} ({_TITLES[name]})" for value, name in _TAGS.items())
+        raise PlanError(f"reading the header of a plan: got tag {tag:#010x}, expected {known}; {_REBUILD}")
+    return PlanHeader(_TAGS[tag], ".".join(str(part) for part in content[24:_HEADER_BYTES]))
+
+
+def check_plan_header(content: bytes, plan: PlanRecord) -> None:
+    """Raise PlanError when the plan in `content` was written by another TensorRT than its record says."""
+    header = plan_header(content)
+    if header.backend != plan.backend or not is_same_version(header.version, plan.version):
+        raise PlanError(
+            f"{plan.file.path} was written by {_TITLES[header.backend]} {header.version}, "
+            f"its record says {_TITLES.get(plan.backend, plan.backend)} {plan.version}; "
+            f"{_REBUILD[:-1]} --force`"
+        )
+
+
+def is_same_version(header_version: str, version: str) -> bool:
+    """Whether a header's version, one byte a part, is `version` (four parts; a trailing "+" is ignored)."""
+    return [part % 256 for part in _parts(version)[:4]] == _parts(header_version)
+
+
+def plan_obstacle(plan: PlanRecord, version: str, sm: str) -> str:
+    """Why `plan` cannot run here, with what mends it, or "" when nothing speaks against it.
+
+    `version` is that of the installed module of the plan's backend, "" when it is not installed; `sm` is the
+    compute capability of the GPU, "" when there is none. A trailing "+" in the plan's version or targets
+    means that one and every later one.
+    """
+    title = _TITLES.get(plan.backend)
+    if title is None:
+        return f"plan was built by {plan.backend!r}, which this offramp does not know; {_REBUILD}"
+    if not version:
+        return f"plan needs {title}, which is not installed; run `pip install 'offramp[{plan.backend}]'`"
+    if not sm:
+        return (
+            f"plan needs an NVIDIA GPU (SM {', '.join(plan.targets)}) and its driver, this machine has none"
+        )
+    fits = _is_within(version, (plan.version,)) and _is_within(sm, plan.targets)
+    if not fits:
+        return (
+            f"plan was built by {title} {plan.version} for SM {', '.join(plan.targets)}, "
+            f"this machine has {version} and SM {sm}; {_REBUILD}"
+        )
+    return ""
+
+
+def _is_within(value: str, allowed: tuple[str, ...]) -> bool:
+    """Whether a version is one of `allowed`, or later than one of them that ends in "+"."""
+    parts = _parts(value)
+    return any(parts >= _parts(one) if one.endswith("+") else parts == _parts(one) for one in allowed)
+
+
+def _parts(version: str) -> list[int]:
+    """A version as numbers that compare in order; a part that is no number counts as 0."""
+    return [int(part) if part.isdecimal() else 0 for part in version.rstrip("+").split(".")]
