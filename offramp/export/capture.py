@@ -13,7 +13,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-import onnx
 import onnx_ir.passes.common
 import torch
 from numpy.typing import NDArray
@@ -33,13 +32,15 @@ class Example:
 
     `inputs` maps the names of forward's arguments to tensors with the row axis first, real data if possible: they
     calibrate FP16 too. Axis 0 is always dynamic; `dynamic` names further dynamic axes, as in
-    `{"input_ids": {1: "sequence"}}`, and `ranges` their closed ranges, as in `{"sequence": (1, 128)}`.
+    `{"input_ids": {1: "sequence"}}`, and `ranges` their closed ranges, as in `{"sequence": (1, 128)}`. `masks` are the
+    inputs that are 0/1 masks with at least one 1 per row; an input called attention_mask is one anyway.
     """
 
     inputs: Mapping[str, Tensor]
     dynamic: Mapping[str, Mapping[int, str]] = field(default_factory=dict)
     ranges: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     max_rows: int = MAX_ROWS
+    masks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         unknown = [name for name in self.dynamic if name not in self.inputs]

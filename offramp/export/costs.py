@@ -44,9 +44,7 @@ class CostModel:
             computed.append(read)
             makes.append(made)
             rerun.append(self._rerun_ns(probe, node, made, depends_on_data))
-        return CutProblem(
-            computed, makes, {name: self._carry_ns(probe, name) for name in probe.tensors}, rerun
-        )
+        return CutProblem(computed, makes, {name: self._carry_ns(probe, name) for name in probe.tensors}, rerun)
 
     def _carry_ns(self, probe: Probe, name: str) -> int | None:
         facts = probe.tensors[name]
@@ -54,18 +52,12 @@ class CostModel:
             return None
         return round(self.carry_ns + self.ns_per_kib * self.rows * facts.bytes_per_row / 1024)
 
-    def _rerun_ns(
-        self, probe: Probe, node: NodeProto, made: tuple[str, ...], depends_on_data: bool
-    ) -> int | None:
+    def _rerun_ns(self, probe: Probe, node: NodeProto, made: tuple[str, ...], depends_on_data: bool) -> int | None:
         has_weight = any(name and name not in probe.tensors for name in node.input)
         if depends_on_data and has_weight and node.op_type in _LEARNED:
             return None
-        moved = sum(
-            probe.tensors[name].bytes_per_row for name in (*node.input, *made) if name in probe.tensors
-        )
-        return round(
-            self.launch_ns + self.rows * (self.ns_per_kib * moved / 1024 + self._product_ns(probe, node))
-        )
+        moved = sum(probe.tensors[name].bytes_per_row for name in (*node.input, *made) if name in probe.tensors)
+        return round(self.launch_ns + self.rows * (self.ns_per_kib * moved / 1024 + self._product_ns(probe, node)))
 
     def _product_ns(self, probe: Probe, node: NodeProto) -> float:
         """Arithmetic of one row of a matrix product of two computed tensors, as far as shapes tell."""

@@ -61,7 +61,8 @@ def segments_from_graph(
     probe = probe_graph(view, inputs, dimensions, example)
     num_classes = _check_exits(probe, exits)
     plans = _plan_segments(view, probe, exits, CostModel())
-    segments, before = [], ()
+    segments: list[Segment] = []
+    before: tuple[str, ...] = ()
     for index, plan in enumerate(plans):
         segments.append(
             Segment(
@@ -114,15 +115,11 @@ def _check_exits(probe: Probe, exits: Sequence[str]) -> int:
             )
         classes.add(shape[1])
     if len(classes) != 1:
-        raise CutError(
-            f"exits have different numbers of classes: {sorted(classes)}; expected the same everywhere"
-        )
+        raise CutError(f"exits have different numbers of classes: {sorted(classes)}; expected the same everywhere")
     return classes.pop()
 
 
-def _plan_segments(
-    view: GraphView, probe: Probe, exits: Sequence[str], costs: CostModel
-) -> list[SegmentPlan]:
+def _plan_segments(view: GraphView, probe: Probe, exits: Sequence[str], costs: CostModel) -> list[SegmentPlan]:
     """Minimum cuts at all boundaries, with shapes read off what each segment has.
 
     A Shape operator needs lengths, not data: where its tensor is not at hand, the lengths come from a carried
@@ -132,9 +129,7 @@ def _plan_segments(
     pinned: frozenset[int] = frozenset()
     while True:
         reads = [
-            ()
-            if node.op_type == "Shape" and i not in pinned and node.input[0] in probe.tensors
-            else view.reads[i]
+            () if node.op_type == "Shape" and i not in pinned and node.input[0] in probe.tensors else view.reads[i]
             for i, node in enumerate(view.nodes)
         ]
         problem = costs.problem(view, probe, reads)

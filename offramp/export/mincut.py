@@ -24,6 +24,9 @@ import networkx as nx
 _NEVER_NS = 10**12  # 1,000 s: more than any sum of honest costs, small enough to add up
 
 
+Vertex = str | tuple[str, str] | tuple[str, int]
+
+
 @dataclass(frozen=True)
 class CutProblem:
     """An operator graph with prices: what `minimum_carry` needs to know, and nothing about ONNX.
@@ -55,43 +58,29 @@ class Carry:
 
 def minimum_carry(problem: CutProblem, existing: Collection[int], needed: Collection[int]) -> Carry:
     """The cheapest carry when the operators `existing` have run and the operators `needed` are yet to run."""
-    network, order = nx.DiGraph(), {}
-    network.add_node("source")
-    network.add_node("sink")
-
-    def add_tensor(name: str, maker: int | None) -> None:
-        price = problem.carry_ns[name]
-        order[name] = len(order)
-        network.add_edge(("in", name), ("out", name), capacity=_NEVER_NS if price is None else price)
-        # Whoever rebuilds the tensor runs its maker again; an input has no maker and exists for ever.
-        network.add_edge("source" if maker is None else ("op", maker), ("in", name))
-
-    made = {name for index in existing for name in problem.makes[index]}
+    network = nx.DiGraph()
+    maker = {name: index for index in existing for name in problem.makes[index]}
+    made_later = {name for index in needed for name in problem.makes[index]}
+    asked = {name for index in needed for name in problem.reads[index]} - made_later
+    tensors = dict.fromkeys(name for index in sorted(existing) for name in problem.reads[index])
+    tensors |= dict.fromkeys([*maker, *sorted(asked)])
+    for name in tensors:
+        _add_edge(network, ("in", name), ("out", name), problem.carry_ns[name])
+        # Who rebuilds a tensor runs its maker again; an input has no maker and is there from the start.
+        network.add_edge(("op", maker[name]) if name in maker else "source", ("in", name))
     for index in sorted(existing):
-        for name in problem.reads[index]:
-            if name not in order and name not in made:
-                add_tensor(name, None)
-        for name in problem.makes[index]:
-            add_tensor(name, index)
-        price = problem.rerun_ns[index]
-        network.add_edge("source", ("op", index), capacity=_NEVER_NS if price is None else price)
-        for name in problem.reads[index]:
-            network.add_edge(("out", name), ("op", index))
-    later = {name for index in needed for name in problem.makes[index]}
-    for index in sorted(set(needed) - set(existing)):
-        for name in problem.reads[index]:
-            if name in later and name not in made:
-                continue
-            if name not in order:
-                add_tensor(name, None)
-            network.add_edge(("out", name), "sink")
+        _add_edge(network, "source", ("op", index), problem.rerun_ns[index])
+        network.add_edges_from((("out", name), ("op", index)) for name in problem.reads[index])
+    network.add_edges_from((("out", name), "sink") for name in sorted(asked))
+    if not asked:
+        return Carry((), frozenset(), ())
     _, (left, _) = nx.minimum_cut(network, "source", "sink")
-    tensors = [name for name in order if ("in", name) in left and ("out", name) not in left]
+    carried = [name for name in tensors if ("in", name) in left and ("out", name) not in left]
     rerun = frozenset(index for index in existing if ("op", index) not in left)
-    return _carry(problem, tensors, rerun)
-
-
-def _carry(problem: CutProblem, tensors: list[str], rerun: frozenset[int]) -> Carry:
-    forbidden = [name for name in tensors if problem.carry_ns[name] is None]
+    forbidden = [name for name in carried if problem.carry_ns[name] is None]
     forbidden += [name for index in rerun if problem.rerun_ns[index] is None for name in problem.makes[index]]
-    return Carry(tuple(tensors), rerun, tuple(forbidden))
+    return Carry(tuple(carried), rerun, tuple(forbidden))
+
+
+def _add_edge(network: nx.DiGraph, tail: Vertex, head: Vertex, price_ns: int | None) -> None:
+    network.add_edge(tail, head, capacity=_NEVER_NS if price_ns is None else price_ns)

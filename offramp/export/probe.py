@@ -46,9 +46,7 @@ class Probe:
     """The facts about every tensor that the inputs decide, and a name for every law that changes with them."""
 
     tensors: Mapping[str, TensorFacts]
-    symbols: Mapping[
-        Law, str
-    ]  # the rows, the inputs' dimensions under their names, others as dim_0, dim_1, …
+    symbols: Mapping[Law, str]  # the rows, the inputs' dimensions under their names, others as dim_0, dim_1, …
 
     def dimension(self, law: Law) -> Dimension:
         """A law as a dimension of a shape: the length when it never changes, else its name."""
@@ -64,7 +62,7 @@ def probe_graph(
     dimension declared dynamic is in truth fixed.
     """
     _check_deterministic(view)
-    run = _all_tensors_run(view)
+    run = run_tensors(view)
     nominal, *others = _sizes(inputs, dimensions, example)
     feed = resize_inputs(inputs, example, nominal)
     values = run(feed)
@@ -82,8 +80,7 @@ def probe_graph(
     symbols = {tuple(size[symbol] for size in sizes): symbol for symbol in (*dimensions, ROWS)}
     rows_law = tuple(size[ROWS] for size in sizes)
     tensors = {
-        name: _facts(value, chosen[name], [shape[name] for shape in shapes], rows_law)
-        for name, value in values.items()
+        name: _facts(value, chosen[name], [shape[name] for shape in shapes], rows_law) for name, value in values.items()
     }
     derived = (law for facts in tensors.values() for law in facts.laws if len(set(law)) > 1)
     for law in derived:
@@ -110,7 +107,7 @@ def _resize(spec: InputSpec, value: NDArray[np.generic], size: Mapping[str, int]
         value = np.take(np.concatenate(copies, axis), range(wanted), axis)
     if spec.is_mask:
         value = value.copy()
-        value[(slice(None), *(0,) * (value.ndim - 1))] = 1  # cutting must not leave a row without a token
+        value.reshape(len(value), -1)[:, 0] = 1  # cutting must not leave a row without a token
     return np.ascontiguousarray(value)
 
 
@@ -161,9 +158,12 @@ def _check_dynamic(
             )
 
 
-def _all_tensors_run(view: GraphView) -> Callable[[Arrays], dict[str, NDArray[np.generic]]]:
-    """A function from the inputs to every tensor that they decide, themselves included."""
-    names = [
+def run_tensors(view: GraphView, names: Sequence[str] = ()) -> Callable[[Arrays], dict[str, NDArray[np.generic]]]:
+    """A function from the inputs to the tensors `names` and the inputs themselves; every tensor by default.
+
+    Raises CutError when ONNX Runtime cannot load the graph; the function does when it cannot run it.
+    """
+    wanted = list(names) or [
         name
         for index, node in enumerate(view.nodes)
         if index not in view.constant_nodes
@@ -173,23 +173,21 @@ def _all_tensors_run(view: GraphView) -> Callable[[Arrays], dict[str, NDArray[np
     observed = ModelProto()
     observed.CopyFrom(view.model)
     del observed.graph.output[:]
-    observed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in names)
+    observed.graph.output.extend(onnx.ValueInfoProto(name=name) for name in wanted)
     options = ort.SessionOptions()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     try:
-        session = ort.InferenceSession(
-            observed.SerializeToString(), options, providers=["CPUExecutionProvider"]
-        )
+        session = ort.InferenceSession(observed.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as exc:  # ONNX Runtime's exceptions have no common base of their own
-        raise CutError(f"cutting the graph: ONNX Runtime cannot load it: {exc}") from exc
+        raise CutError(f"ONNX Runtime cannot load the whole graph: {exc}") from exc
 
     def run(feed: Arrays) -> dict[str, NDArray[np.generic]]:
         try:
-            values = session.run(names, dict(feed))
+            values = session.run(wanted, dict(feed))
         except Exception as exc:
-            raise CutError(f"cutting the graph: ONNX Runtime cannot run it: {exc}") from exc
-        return dict(feed) | dict(zip(names, values, strict=True))
+            raise CutError(f"ONNX Runtime cannot run the whole graph: {exc}") from exc
+        return dict(feed) | dict(zip(wanted, values, strict=True))
 
     return run
 
@@ -197,9 +195,7 @@ def _all_tensors_run(view: GraphView) -> Callable[[Arrays], dict[str, NDArray[np
 def _facts(value: object, chosen: object, shapes: Sequence[tuple[int, ...]], rows_law: Law) -> TensorFacts:
     """Facts from a tensor's value at the nominal size, on the chosen rows of it, and its shape at every size."""
     if not isinstance(value, np.ndarray) or any(len(shape) != value.ndim for shape in shapes):
-        return TensorFacts(
-            "none", (), False, 0.0
-        )  # a sequence, an optional, or a tensor that changes its rank
+        return TensorFacts("none", (), False, 0.0)  # a sequence, an optional, or a tensor that changes its rank
     laws = tuple(tuple(shape[axis] for shape in shapes) for axis in range(value.ndim))
     has_row_axis = bool(laws) and laws[0] == rows_law and _same_rows(value, np.asarray(chosen))
     return TensorFacts(value.dtype.name, laws, has_row_axis, value.nbytes / rows_law[0])

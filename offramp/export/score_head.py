@@ -6,6 +6,7 @@ It stays in FP32 in every lowering. The inverse temperature is an input, so reca
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
@@ -26,7 +27,7 @@ def score_head(num_classes: int) -> tuple[list[NodeProto], list[TensorProto]]:
     def name(tensor: str) -> str:
         return f"{PREFIX}{tensor}"
 
-    def node(operator: str, inputs: list[str], output: str, **attributes: int) -> NodeProto:
+    def node(operator: str, inputs: list[str], output: str, **attributes: Any) -> NodeProto:
         return helper.make_node(operator, inputs, [output], name=f"{PREFIX}{operator}/{output}", **attributes)
 
     def constant(tensor: str, value: object) -> TensorProto:

@@ -30,9 +30,7 @@ class SegmentPlan:
     carried: tuple[str, ...]
     nodes: frozenset[int]
     rerun: frozenset[int]
-    sources: dict[int, tuple[Source, ...]] = field(
-        default_factory=dict
-    )  # Shape node -> where its lengths are
+    sources: dict[int, tuple[Source, ...]] = field(default_factory=dict)  # Shape node -> where its lengths are
     unresolved: frozenset[int] = frozenset()  # Shape nodes whose lengths nothing at hand has
 
     def with_sources(self, view: GraphView, probe: Probe) -> SegmentPlan:
@@ -83,9 +81,7 @@ def segment_graph(
     carry_in = carry_specs(probe, plan.carried_in, "carry_in", PREVIOUS_ROWS)
     carry_out = carry_specs(probe, plan.carried, "carry_out", ROWS)
     head_nodes, head_constants = score_head(num_classes)
-    outputs = {"logits": plan.exit_name} | {
-        spec.name: name for spec, name in zip(carry_out, plan.carried, strict=True)
-    }
+    outputs = {"logits": plan.exit_name} | {spec.name: name for spec, name in zip(carry_out, plan.carried, strict=True)}
     reserved = {
         *outputs,
         "prediction",
@@ -95,13 +91,9 @@ def segment_graph(
         *(spec.name for spec in carry_in),
     }
     _check_names(view, reserved)
-    names = _output_names(view, plan, outputs) | {
-        name: f"{name}:0" for name in reserved if name in probe.tensors
-    }
+    names = _output_names(view, plan, outputs) | {name: f"{name}:0" for name in reserved if name in probe.tensors}
     nodes = [
-        helper.make_node(
-            "Gather", [spec.name, ROWS], [names.get(name, name)], f"{PREFIX}Gather/{position}", axis=0
-        )
+        helper.make_node("Gather", [spec.name, ROWS], [names.get(name, name)], f"{PREFIX}Gather/{position}", axis=0)
         for position, (spec, name) in enumerate(zip(carry_in, plan.carried_in, strict=True))
     ]
     constants: dict[str, TensorProto] = {}
@@ -134,9 +126,7 @@ def segment_graph(
 def _check_names(view: GraphView, reserved: set[str]) -> None:
     taken = reserved.intersection(view.input_names)
     if taken:
-        raise CutError(
-            f"model input {', '.join(sorted(taken))}: offramp uses this name itself; rename the input"
-        )
+        raise CutError(f"model input {', '.join(sorted(taken))}: offramp uses this name itself; rename the input")
 
 
 def _output_names(view: GraphView, plan: SegmentPlan, outputs: dict[str, str]) -> dict[str, str]:
@@ -220,9 +210,7 @@ def _finish(whole: ModelProto, graph: GraphProto) -> ModelProto:
         graph,
         producer_name="offramp",
         ir_version=whole.ir_version,
-        opset_imports=[
-            entry for entry in whole.opset_import if entry.domain in domains or entry.domain == "ai.onnx"
-        ],
+        opset_imports=[entry for entry in whole.opset_import if entry.domain in domains or entry.domain == "ai.onnx"],
     )
     if model.ByteSize() > _MAX_PROTOBUF_BYTES:
         raise CutError(

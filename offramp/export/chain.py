@@ -1,0 +1,78 @@
+"""Run segment graphs one after another on ONNX Runtime's CPU provider: the export's own, obvious reference.
+
+It knows nothing of the runtime's runner, so that one can be checked against the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnxruntime as ort
+from numpy.typing import NDArray
+from onnx import ModelProto
+
+from offramp.bundle import INVERSE_TEMPERATURE, ROWS
+from offramp.errors import ParityError
+from offramp.export.cut import Segment
+
+Arrays = dict[str, NDArray[np.generic]]
+
+# At its default level ONNX Runtime 1.31 crashes on FP16 graphs in this pass (microsoft/onnxruntime#26717).
+_CRASHING_OPTIMIZERS = ["FuseFp16InitializerToFp32NodeTransformer"]
+
+
+def open_session(model: ModelProto) -> ort.InferenceSession:
+    """A CPU session for `model`, with idle threads that sleep. Raises ParityError when it does not load."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    try:
+        return ort.InferenceSession(
+            model.SerializeToString(),
+            options,
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=_CRASHING_OPTIMIZERS,
+        )
+    except Exception as exc:  # ONNX Runtime's exceptions have no common base of their own
+        raise ParityError(f"ONNX Runtime does not load {model.graph.name}: {exc}") from exc
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Segment graphs of one precision, ready to run."""
+
+    segments: Sequence[Segment]
+    sessions: Sequence[ort.InferenceSession]
+
+    @classmethod
+    def open(cls, segments: Sequence[Segment], models: Sequence[ModelProto]) -> Chain:
+        return cls(segments, [open_session(model) for model in models])
+
+    def run_segment(self, index: int, feed: Mapping[str, NDArray[np.generic]]) -> Arrays:
+        """All outputs of one segment at temperature 1, by name."""
+        session = self.sessions[index]
+        names = [output.name for output in session.get_outputs()]
+        values = session.run(names, {**feed, INVERSE_TEMPERATURE: np.array(1, np.float32)})
+        return dict(zip(names, values, strict=True))
+
+    def feed(self, index: int, before: Arrays, rows: NDArray[np.int64]) -> Arrays:
+        """Inputs of segment `index` >= 1 for the rows `rows` of what the segment before it put out."""
+        handed = zip(self.segments[index].carry_in, self.segments[index - 1].carry_out, strict=True)
+        return {ROWS: rows} | {inside.name: before[outside.name] for inside, outside in handed}
+
+    def run(
+        self,
+        inputs: Mapping[str, NDArray[np.generic]],
+        survivors: Callable[[int, Arrays], NDArray[np.int64]] = lambda _, out: np.arange(len(out["prediction"])),
+    ) -> list[tuple[Arrays, Arrays]]:
+        """(feed, outputs) of every segment; `survivors` chooses the positions that go on after each."""
+        feed = dict(inputs)
+        done = []
+        for index in range(len(self.sessions)):
+            out = self.run_segment(index, feed)
+            done.append((feed, out))
+            if index + 1 < len(self.sessions):
+                feed = self.feed(index + 1, out, survivors(index, out))
+        return done

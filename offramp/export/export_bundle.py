@@ -1,0 +1,236 @@
+"""Export: cut, lower, verify, and write the bundle, whole or not at all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from onnx import ModelProto
+
+from offramp.bundle import (
+    INVERSE_TEMPERATURE,
+    MANIFEST,
+    POLICY,
+    ROWS,
+    DimensionSpec,
+    ExitSpec,
+    FileRecord,
+    Manifest,
+    PolicyRecord,
+    SegmentSpec,
+    TextSpec,
+    file_record,
+    manifest_bytes,
+)
+from offramp.errors import CaptureError, CutError, OptionError, StorageError
+from offramp.export.chain import Arrays, Chain
+from offramp.export.cut import CutModel, segments_from_graph
+from offramp.export.graph import GraphView
+from offramp.export.lower import fp16_from_segment, fp16_weight_share
+from offramp.export.probe import resize_inputs, run_tensors
+from offramp.export.source import ModelSource
+from offramp.export.verify import Parity, verify_fp16, verify_fp32
+from offramp.policy import Policy
+from offramp.storage import staged_directory
+
+PRECISIONS = ("fp32", "fp16")
+# Tools whose version decides the bytes of a graph.
+_TOOLS = ("offramp", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "nvidia-modelopt")
+_VERIFIED_BATCHES = 16
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """How to lower and how closely to verify: FP16 may differ by `atol` + `rtol` x the FP32 value.
+
+    Raises OptionError for a precision that does not exist or a tolerance that is not positive.
+    """
+
+    precision: str = "fp16"  # fp16 writes both graphs, fp32 only its own
+    atol: float = 2e-2
+    rtol: float = 1e-2
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise OptionError(f"precision: got {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
+        if not (self.atol > 0 and self.rtol > 0):
+            raise OptionError(f"tolerances: got atol {self.atol}, rtol {self.rtol}; expected positive numbers")
+
+
+def export_bundle(
+    source: ModelSource,
+    bundle: Path,
+    options: ExportOptions = ExportOptions(),
+    progress: Progress = lambda _: None,
+) -> Manifest:
+    """Cut `source` at its exits, lower and verify the segments, and write `bundle` and `bundle`.reference.
+
+    The same source gives the same bytes. Raises CutError, CaptureError, ModelError, ParityError or StorageError;
+    then nothing has been written.
+    """
+    check_target(bundle)
+    progress("cutting")
+    cut = segments_from_graph(source.graph, source.exits, source.inputs, source.dimensions, source.example)
+    dimensions = _ranges(source, cut)
+    graphs = {"fp32": [segment.model for segment in cut.segments]}
+    batches = source.calibration[:_VERIFIED_BATCHES]
+    progress("verifying FP32")
+    parity, fp32 = Parity(), Chain.open(cut.segments, graphs["fp32"])
+    verify_fp32(parity, fp32, source.graph, source.exits, batches)
+    parity.check()
+    if options.precision == "fp16":
+        graphs["fp16"] = _lower(cut, fp32, batches, progress)
+        progress("verifying FP16")
+        parity.fp16_weight_share = [fp16_weight_share(model) for model in graphs["fp16"]]
+        fp16 = Chain.open(cut.segments, graphs["fp16"])
+        verify_fp16(parity, fp32, fp16, batches, (options.atol, options.rtol))
+        parity.check()
+    progress("writing")
+    files = _graph_files(graphs)
+    whole = source.graph.SerializeToString(deterministic=True)
+    manifest = _manifest(source, cut, dimensions, files, parity, file_record("whole.onnx", whole))
+    _write(bundle, manifest, source, files, whole)
+    return manifest
+
+
+def reference_path(bundle: Path) -> Path:
+    """The directory beside the bundle that holds the whole graph and does not ship."""
+    return bundle.with_name(bundle.name + ".reference")
+
+
+def check_target(bundle: Path) -> None:
+    """Raise StorageError when `bundle` is something that an export must not replace."""
+    if bundle.is_file() or (bundle.is_dir() and any(bundle.iterdir()) and not (bundle / MANIFEST).is_file()):
+        raise StorageError(f"{bundle} exists and is not a bundle; choose another output directory or remove it")
+
+
+def _lower(cut: CutModel, fp32: Chain, batches: Sequence[Arrays], progress: Progress) -> list[ModelProto]:
+    """Every segment in FP16, calibrated on what the FP32 segments before it really put out."""
+    feeds: list[list[Arrays]] = [[] for _ in cut.segments]
+    one = np.array(1, np.float32)
+    for batch in batches:
+        for index, (feed, _) in enumerate(fp32.run(batch)):
+            feeds[index].append({**feed, INVERSE_TEMPERATURE: one})
+    lowered = []
+    for segment in cut.segments:
+        progress(f"lowering segment {segment.index} to FP16")
+        lowered.append(fp16_from_segment(segment.model, feeds[segment.index]))
+    return lowered
+
+
+def _ranges(source: ModelSource, cut: CutModel) -> dict[str, DimensionSpec]:
+    """Ranges of all dimensions, those that only carried tensors have found by running at both ends.
+
+    Raises CaptureError when the graph does not run at the ends of the ranges it declares.
+    """
+    view = GraphView(source.graph)
+    names = sorted({tensor for tensor, _ in cut.derived.values()})
+    names = names or list(source.exits)
+    found: dict[str, list[int]] = {symbol: [] for symbol in cut.derived}
+    for end in ("min", "max"):
+        size = {symbol: getattr(limits, end) for symbol, limits in source.dimensions.items()} | {ROWS: 2}
+        try:
+            values = run_tensors(view, names)(resize_inputs(source.inputs, source.example, size))
+        except CutError as exc:
+            raise CaptureError(
+                f"the graph does not run at the {end} of its declared ranges, {size}: {exc}; declare a narrower range "
+                f"(for an ONNX file: `--dimension NAME=MIN:MAX`)"
+            ) from exc
+        for symbol, (tensor, axis) in cut.derived.items():
+            found[symbol].append(np.shape(values[tensor])[axis])
+    derived = {symbol: DimensionSpec(min(lengths), max(lengths)) for symbol, lengths in found.items()}
+    return dict(source.dimensions) | derived
+
+
+def _graph_files(graphs: Mapping[str, Sequence[ModelProto]]) -> dict[str, list[tuple[FileRecord, bytes]]]:
+    suffix = {"fp32": "model.onnx", "fp16": "model.fp16.onnx"}
+    files: dict[str, list[tuple[FileRecord, bytes]]] = {}
+    for precision, models in graphs.items():
+        contents = [model.SerializeToString(deterministic=True) for model in models]
+        files[precision] = [
+            (file_record(f"segments/{index:02d}/{suffix[precision]}", content), content)
+            for index, content in enumerate(contents)
+        ]
+    return files
+
+
+def _manifest(
+    source: ModelSource,
+    cut: CutModel,
+    dimensions: dict[str, DimensionSpec],
+    files: Mapping[str, Sequence[tuple[FileRecord, bytes]]],
+    parity: Parity,
+    reference: FileRecord,
+) -> Manifest:
+    segments = tuple(
+        SegmentSpec(
+            index=segment.index,
+            inputs=tuple(spec.name for spec in source.inputs) if segment.index == 0 else (),
+            carry_in=segment.carry_in,
+            carry_out=segment.carry_out,
+            graphs={precision: records[segment.index][0] for precision, records in files.items()},
+        )
+        for segment in cut.segments
+    )
+    text = None
+    if source.text:
+        tokenizer = file_record("tokenizer.json", source.text.tokenizer)
+        text = TextSpec(tokenizer, source.text.max_length, source.text.ids, source.text.mask)
+    return Manifest(
+        name=source.name,
+        inputs=source.inputs,
+        dimensions=dimensions,
+        exits=tuple(ExitSpec(name, cut.num_classes) for name in source.exits),
+        segments=segments,
+        policy=PolicyRecord(file_record(POLICY, _default_policy()).sha256),
+        reference_sha256=reference.sha256,
+        labels=source.labels,
+        text=text,
+        tools=_tool_versions(),
+        parity=parity.figures(),
+    )
+
+
+def _default_policy() -> bytes:
+    return Policy.full_depth().to_json().encode()
+
+
+def _tool_versions() -> dict[str, str]:
+    versions = {}
+    for name in _TOOLS:
+        try:
+            versions[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return versions
+
+
+def _write(
+    bundle: Path,
+    manifest: Manifest,
+    source: ModelSource,
+    files: Mapping[str, Sequence[tuple[FileRecord, bytes]]],
+    whole: bytes,
+) -> None:
+    """Write the reference, then the bundle: a bundle whose reference is missing is whole, the reverse is litter."""
+    samples = io.BytesIO()
+    np.savez(samples, allow_pickle=False, **source.calibration[0])
+    with staged_directory(reference_path(bundle)) as staging:
+        (staging / "whole.onnx").write_bytes(whole)
+        (staging / "inputs.npz").write_bytes(samples.getvalue())
+    with staged_directory(bundle) as staging:
+        for records in files.values():
+            for record, content in records:
+                path = staging / record.path
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(content)
+        if source.text:
+            (staging / "tokenizer.json").write_bytes(source.text.tokenizer)
+        (staging / POLICY).write_bytes(_default_policy())
+        (staging / MANIFEST).write_bytes(manifest_bytes(manifest))

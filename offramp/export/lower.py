@@ -1,0 +1,91 @@
+"""Lower segment graphs to FP16 with NVIDIA ModelOpt AutoCast, calibrated on the inputs they really get."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import tempfile
+import warnings
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import ModelProto, TensorProto
+
+from offramp.errors import ModelError
+from offramp.export.chain import Arrays
+from offramp.export.score_head import PREFIX
+
+# A node stays in FP32 when a value beyond this passes it. AutoCast's own 512 would keep attention masks of -1e4
+# and everything after them in FP32; FP16 ends at 65,504, and this leaves a factor of 3 for unseen inputs.
+_MAX_ABS_VALUE = 20_000.0
+# LayerNormalization sums squares: the one operator that users report to overflow (NVIDIA/TensorRT#2564, #4493).
+_FP32_OPERATORS = ["LayerNormalization"]
+
+
+def fp16_from_segment(model: ModelProto, feeds: Sequence[Arrays]) -> ModelProto:
+    """`model` in mixed FP16, with inputs, outputs and score head in FP32.
+
+    `feeds` are complete inputs of the segment, from real data; their ranges decide what stays in FP32. Raises
+    ModelError when AutoCast cannot convert the graph.
+    """
+    with tempfile.TemporaryDirectory(prefix="offramp-") as folder, _quiet_modelopt():
+        from modelopt.onnx.autocast import convert_to_mixed_precision  # 4 s to import
+
+        source, data = Path(folder, "segment.onnx"), Path(folder, "calibration")
+        onnx.save(model, source)
+        data.mkdir()
+        for position, feed in enumerate(feeds):
+            np.savez(data / f"{position:04d}.npz", allow_pickle=False, **feed)
+        try:
+            lowered: ModelProto = convert_to_mixed_precision(
+                onnx_path=str(source),
+                low_precision_type="fp16",
+                keep_io_types=True,
+                calibration_data=str(data),
+                nodes_to_exclude=[f"{PREFIX}.*"],
+                op_types_to_exclude=_FP32_OPERATORS,
+                data_max=_MAX_ABS_VALUE,
+            )
+        except Exception as exc:  # AutoCast lets through whatever its parts raise
+            raise ModelError(
+                f"lowering {model.graph.name} to FP16: {exc}; export with `--precision fp32` to go without"
+            ) from exc
+    return _normalised(lowered, model)
+
+
+def fp16_weight_share(model: ModelProto) -> float:
+    """Share, in elements, of the floating-point weights that are stored in FP16."""
+    counts = {TensorProto.FLOAT: 0, TensorProto.FLOAT16: 0}
+    for tensor in model.graph.initializer:
+        if tensor.data_type in counts:
+            counts[tensor.data_type] += int(np.prod(tensor.dims))
+    return counts[TensorProto.FLOAT16] / max(1, sum(counts.values()))
+
+
+def _normalised(lowered: ModelProto, original: ModelProto) -> ModelProto:
+    """`lowered` without traces of the machine, its inputs and outputs declared as in the original."""
+    lowered.graph.name = original.graph.name
+    lowered.graph.ClearField("doc_string")
+    for values, wanted in (
+        (lowered.graph.input, original.graph.input),
+        (lowered.graph.output, original.graph.output),
+    ):
+        del values[:]
+        values.extend(wanted)
+    onnx.checker.check_model(lowered)
+    return lowered
+
+
+@contextlib.contextmanager
+def _quiet_modelopt() -> Iterator[None]:
+    """Keep ModelOpt's log, a line per node, and the warnings of what it imports away from the user."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,206 @@
+"""What export needs to know about a model, and how to learn it from a factory or an ONNX file."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import onnx
+from onnx import ModelProto, helper, inliner
+
+from offramp.bundle import ROWS, DimensionSpec, InputSpec
+from offramp.errors import CaptureError, CutError, OptionError
+from offramp.export.chain import Arrays
+from offramp.export.graph import GraphView
+
+if TYPE_CHECKING:
+    from offramp.export.capture import Example
+
+MASK_NAME = "attention_mask"  # what transformers calls the input that tells tokens from padding
+NOMINAL_LENGTH = 64  # of dynamic dimensions when a graph comes without example data
+NOMINAL_RANGE = DimensionSpec(1, 512)
+_NOMINAL_ROWS = 8
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """The tokenizer that goes into the bundle, as the bytes of a tokenizer.json."""
+
+    tokenizer: bytes
+    max_length: int
+    ids: str = "input_ids"
+    mask: str = MASK_NAME
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """One graph with several exits, its interface, and real inputs to look at it with."""
+
+    name: str
+    graph: ModelProto
+    exits: tuple[str, ...]
+    inputs: tuple[InputSpec, ...]
+    dimensions: Mapping[str, DimensionSpec]
+    example: Arrays  # what the graph is probed with
+    calibration: tuple[Arrays, ...]  # batches that calibrate FP16 and verify the bundle
+    labels: tuple[str, ...] = ()
+    text: TextSource | None = None
+
+
+def source_from_model(name: str, model: Any, example: Example, opset: int, exits: Sequence[str] = ()) -> ModelSource:
+    """Capture an `nn.Module`; `exits` chooses some of logits_1 … logits_E, all of them when empty.
+
+    Raises CaptureError.
+    """
+    from offramp.export.capture import graph_from_model
+
+    graph = graph_from_model(model, example, opset)
+    masks = example.masks or tuple(name for name in example.inputs if name == MASK_NAME)
+    names = tuple(value.name for value in graph.graph.output)
+    return ModelSource(
+        name=name,
+        graph=graph,
+        exits=tuple(exits) or names,
+        inputs=input_specs(graph, masks),
+        dimensions=example.dimensions(),
+        example=example.arrays(),
+        calibration=(example.arrays(),),
+    )
+
+
+def source_from_factory(spec: str, opset: int, exits: Sequence[str] = ()) -> ModelSource:
+    """Capture what `package.module:factory` returns: a pair of an `nn.Module` and an `Example`.
+
+    Modules are looked up from the current directory too. Raises OptionError for a wrong name or return value.
+    """
+    from offramp.export.capture import Example
+
+    module_name, _, factory_name = spec.partition(":")
+    sys.path.insert(0, "")
+    try:
+        factory = getattr(importlib.import_module(module_name), factory_name)
+    except (ImportError, AttributeError) as exc:
+        raise OptionError(f"finding the model {spec!r}: {exc}; expected package.module:factory") from exc
+    finally:
+        sys.path.remove("")
+    result = factory() if callable(factory) else None
+    if not (isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], Example)):
+        raise OptionError(
+            f"{spec} returned {type(result).__name__}; expected a pair (nn.Module, offramp.export.capture.Example)"
+        )
+    return source_from_model(factory_name, result[0], result[1], opset, exits)
+
+
+def source_from_onnx(
+    path: Path, exits: Sequence[str], dimensions: Mapping[str, DimensionSpec], example: Arrays
+) -> ModelSource:
+    """Read a multi-exit graph made elsewhere; axis 0 of every input must be its row axis.
+
+    `dimensions` gives ranges of named dimensions (1 to 512 where it does not). Without `example` data, inputs are
+    made up within their ranges, which is enough to cut but calibrates FP16 poorly. Raises OptionError or CutError.
+    """
+    if not exits:
+        raise OptionError(f"{path}: pass `--exits logits_1,logits_2,…`, the outputs that are exits, in order of depth")
+    try:
+        graph = onnx.load(path)
+        onnx.checker.check_model(graph)
+    except Exception as exc:  # protobuf, onnx and the file system each raise their own
+        raise CutError(f"reading {path}: {exc}; expected a valid ONNX model") from exc
+    graph = inliner.inline_local_functions(graph) if graph.functions else graph
+    graph = _with_named_rows(graph)
+    inputs = input_specs(graph, [name for name in GraphView(graph).input_names if name == MASK_NAME])
+    named = [symbol for spec in inputs for symbol in spec.shape if isinstance(symbol, str) and symbol != ROWS]
+    ranges = {symbol: dimensions.get(symbol, NOMINAL_RANGE) for symbol in named}
+    if unknown := sorted(dimensions.keys() - ranges.keys()):
+        raise OptionError(f"{path} has no dimension {', '.join(unknown)}; its dimensions are {', '.join(ranges)}")
+    example = example or made_up_inputs(inputs, ranges)
+    return ModelSource(
+        name=path.stem,
+        graph=graph,
+        exits=tuple(exits),
+        inputs=inputs,
+        dimensions=ranges | {ROWS: DimensionSpec(1, 32)},
+        example=example,
+        calibration=(example,),
+    )
+
+
+def input_specs(graph: ModelProto, masks: Sequence[str]) -> tuple[InputSpec, ...]:
+    """The model's inputs; the legal range of an integer input is read off the tables that it indexes."""
+    view = GraphView(graph)
+    specs = []
+    for value in graph.graph.input:
+        if value.name in view.initializers:
+            continue
+        tensor = value.type.tensor_type
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+        shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
+        is_mask = value.name in masks
+        limit = 2 if is_mask else _table_size(view, value.name)
+        specs.append(InputSpec(value.name, dtype, shape, None if limit is None else 0, limit and limit - 1, is_mask))
+    return tuple(specs)
+
+
+def made_up_inputs(inputs: Sequence[InputSpec], dimensions: Mapping[str, DimensionSpec]) -> Arrays:
+    """Inputs within their ranges, the same every time: what to show a graph that comes without data."""
+    random = np.random.default_rng(0)
+    arrays: Arrays = {}
+    for spec in inputs:
+        lengths = {symbol: min(max(NOMINAL_LENGTH, limits.min), limits.max) for symbol, limits in dimensions.items()}
+        lengths[ROWS] = _NOMINAL_ROWS
+        shape = tuple(lengths[dim] if isinstance(dim, str) else dim for dim in spec.shape)
+        if spec.is_mask:
+            arrays[spec.name] = np.ones(shape, spec.dtype)
+        elif np.dtype(spec.dtype).kind in "iu":
+            arrays[spec.name] = random.integers(0, (spec.maximum or 1) + 1, shape).astype(spec.dtype)
+        else:
+            arrays[spec.name] = random.standard_normal(shape).astype(spec.dtype)
+    return arrays
+
+
+def _table_size(view: GraphView, name: str) -> int | None:
+    """Rows of the smallest constant table that the input indexes, directly or through casts and reshapes."""
+    sizes, aliases = [], {name}
+    for node in view.nodes:
+        if (
+            node.op_type in ("Cast", "Identity", "Unsqueeze", "Squeeze", "Reshape", "Flatten")
+            and node.input[0] in aliases
+        ):
+            aliases.update(node.output)
+        axis = next((attribute.i for attribute in node.attribute if attribute.name == "axis"), 0)
+        if node.op_type == "Gather" and node.input[1] in aliases and (table := view.initializers.get(node.input[0])):
+            sizes.append(table.dims[axis])
+    return min(sizes, default=None)
+
+
+def _with_named_rows(graph: ModelProto) -> ModelProto:
+    """A copy in which the first dimension of every input, whatever its name, is called `rows`."""
+    named = ModelProto()
+    named.CopyFrom(graph)
+    initializers = {tensor.name for tensor in named.graph.initializer}
+    inputs = [value for value in named.graph.input if value.name not in initializers]
+    aliases = set()
+    for value in inputs:
+        dims = value.type.tensor_type.shape.dim
+        if not dims or dims[0].HasField("dim_value"):
+            got = "no dimensions" if not dims else f"a first dimension fixed at {dims[0].dim_value}"
+            raise CaptureError(
+                f"input {value.name!r} has {got}; axis 0 of every input must be the row axis and dynamic: export the "
+                f"model again with a dynamic batch"
+            )
+        aliases.add(dims[0].dim_param)
+    for values in (inputs, named.graph.output, named.graph.value_info):
+        for value in values:
+            for position, dim in enumerate(value.type.tensor_type.shape.dim):
+                if dim.dim_param in aliases and (dim.dim_param or (values is inputs and position == 0)):
+                    dim.dim_param = ROWS
+    for value in inputs:
+        for position, dim in enumerate(value.type.tensor_type.shape.dim):
+            if not dim.dim_param and not dim.HasField("dim_value"):
+                dim.dim_param = f"{value.name}_{position}"
+    return named
