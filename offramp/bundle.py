@@ -15,13 +15,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from offramp.errors import BundleError, CorruptError, VersionError
+from offramp.errors import BundleError, CorruptError, StorageError, VersionError
 from offramp.storage import remove_file, write_file
 
 SCHEMA = 1
 MANIFEST = "manifest.json"
 POLICY = "policy.json"
 ROWS = "rows"  # dimension name of the row axis, and name of the input with the rows that go on
+PREVIOUS_ROWS = "previous_rows"  # leading dimension of a carried tensor as it comes in
 INVERSE_TEMPERATURE = "inverse_temperature"
 SCORES = ("max_prob", "margin", "entropy")  # columns of the `scores` output, in order
 
@@ -159,11 +160,11 @@ def load_manifest(bundle: Path) -> Manifest:
         raise BundleError(
             f"{bundle} is not a bundle: it has no {MANIFEST}; make one with `offramp export MODEL -o {bundle}`"
         ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as exc:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as exc:
         raise CorruptError(f"reading {path}: {exc}; export the bundle again or restore it") from exc
     schema = document.get("schema") if isinstance(document, dict) else None
-    if not isinstance(schema, int):
-        raise CorruptError(f"{path} has no integer `schema`; export the bundle again or restore it")
+    if type(schema) is not int or schema < 1:
+        raise CorruptError(f"{path} has no positive integer `schema`; export the bundle again or restore it")
     if schema > SCHEMA:
         raise VersionError(
             f"{path} has schema {schema}, this offramp reads up to {SCHEMA}; upgrade with `pip install -U offramp`"
@@ -230,24 +231,29 @@ def replace_policy(bundle: Path, content: bytes) -> None:
 def add_plan(bundle: Path, index: int, plan: PlanRecord, content: bytes) -> Manifest:
     """Store a plan for segment `index` and record it, in place of one with the same key.
 
-    Raises StorageError; the bundle is then as it was.
+    A plan that is replaced is struck off the manifest before its file changes, so that the manifest never names
+    a file with another content. Raises StorageError.
     """
     manifest = load_manifest(bundle)
-    path = bundle / plan.file.path
-    is_new = not path.exists()
-    write_file(path, content)
     segment = manifest.segments[index]
     kept = tuple(old for old in segment.plans if old.key != plan.key)
-    segments = list(manifest.segments)
-    segments[index] = replace(segment, plans=(*kept, plan))
-    updated = replace(manifest, segments=tuple(segments))
+    if len(kept) < len(segment.plans):
+        save_manifest(bundle, _with_plans(manifest, index, kept))
+    path = bundle / plan.file.path
+    write_file(path, content)
+    updated = _with_plans(manifest, index, (*kept, plan))
     try:
         save_manifest(bundle, updated)
     except BaseException:
-        if is_new:
-            remove_file(path)
+        remove_file(path)
         raise
     return updated
+
+
+def _with_plans(manifest: Manifest, index: int, plans: tuple[PlanRecord, ...]) -> Manifest:
+    segments = list(manifest.segments)
+    segments[index] = replace(segments[index], plans=plans)
+    return replace(manifest, segments=tuple(segments))
 
 
 def _read(path: Path) -> bytes:
@@ -271,9 +277,7 @@ def _check_consistent(manifest: Manifest, path: Path) -> None:
         before = segments[position - 1].carry_out if position else ()
         same = len(before) == len(segment.carry_in)
         if segment.index != position or not same or not names.issuperset(segment.inputs):
-            raise CorruptError(
-                f"{path}: segment {position} does not fit the one before it; export the bundle again"
-            )
+            raise CorruptError(f"{path}: segment {position} does not fit the one before it; export the bundle again")
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:
@@ -302,18 +306,14 @@ def _decode_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
             return None
         if kind is not type(None) and (dataclasses.is_dataclass(kind) or type(value) is kind):
             return _decode(kind, value, where) if value is not None else None
-    raise CorruptError(
-        f"{where}: got {type(value).__name__}, expected one of {kinds}; export the bundle again"
-    )
+    raise CorruptError(f"{where}: got {type(value).__name__}, expected one of {kinds}; export the bundle again")
 
 
 def _decode_dataclass(kind: type, value: Any, where: str) -> Any:
     if not isinstance(value, dict):
         raise CorruptError(f"{where}: got {type(value).__name__}, expected an object")
     hints = typing.get_type_hints(kind)
-    required = {
-        f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING
-    }
+    required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
     if missing := required - value.keys():
         raise CorruptError(f"{where}: missing {', '.join(sorted(missing))}; export the bundle again")
     if unknown := value.keys() - hints.keys():

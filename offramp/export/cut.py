@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from onnx import ModelProto
 
-from offramp.bundle import ROWS, DimensionSpec, InputSpec, TensorSpec
+from offramp.bundle import PREVIOUS_ROWS, ROWS, DimensionSpec, InputSpec, TensorSpec
 from offramp.errors import CutError
 from offramp.export.costs import CostModel
 from offramp.export.graph import GraphView, describe_node
 from offramp.export.mincut import CutProblem, minimum_carry
 from offramp.export.probe import Arrays, Probe, probe_graph
-from offramp.export.segment_graph import PREVIOUS_ROWS, SegmentPlan, carry_specs, segment_graph
+from offramp.export.segment_graph import SegmentPlan, carry_specs, segment_graph
 
 MIN_OPSET = 11  # TopK and ArgMax as the score head uses them
 

@@ -65,8 +65,9 @@ def fp16_weight_share(model: ModelProto) -> float:
 
 
 def _normalised(lowered: ModelProto, original: ModelProto) -> ModelProto:
-    """`lowered` without traces of the machine, its inputs and outputs declared as in the original."""
+    """`lowered` with the original's name, inputs and outputs, and in an order that does not change from run to run."""
     lowered.graph.name = original.graph.name
+    lowered.graph.value_info.sort(key=lambda value: value.name)  # AutoCast leaves them in the order of a set
     lowered.graph.ClearField("doc_string")
     for values, wanted in (
         (lowered.graph.input, original.graph.input),

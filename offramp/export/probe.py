@@ -125,6 +125,8 @@ def _sizes(
     for turn, rows in enumerate(_ROW_COUNTS):
         size = {ROWS: rows}
         for offset, (symbol, limits) in enumerate(dimensions.items()):
+            if symbol == ROWS:
+                continue
             length = nominal[symbol]
             choices = (length, length // 2 + 1 + offset, length + 2 + offset, max(length // 3, 4), length + 5)
             size[symbol] = min(max(choices[turn], limits.min), limits.max)
@@ -146,8 +148,8 @@ def _check_dynamic(
     sizes: Sequence[Mapping[str, int]],
     failures: Sequence[str],
 ) -> None:
-    for symbol in (ROWS, *dimensions):
-        fixed = symbol in dimensions and dimensions[symbol].min == dimensions[symbol].max
+    for symbol in {ROWS: None, **dimensions}:
+        fixed = symbol != ROWS and dimensions[symbol].min == dimensions[symbol].max
         if not fixed and len({size[symbol] for size in sizes}) < 2:
             names = ", ".join(spec.name for spec in inputs if symbol in spec.shape)
             why = failures[-1] if failures else "its range allows no other length"

@@ -11,10 +11,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from offramp.bundle import ROWS, Dimension, DimensionSpec, Manifest
+from offramp.bundle import PREVIOUS_ROWS, ROWS, Dimension, DimensionSpec, Manifest
 from offramp.errors import BundleError, OptionError
 
-PREVIOUS_ROWS = "previous_rows"  # dimension name of the carry's leading axis: the rows of the segment before
 Shapes = dict[str, tuple[int, ...]]
 Profile = dict[str, tuple[tuple[int, ...], ...]]  # input name -> (min, opt, max) shapes
 

@@ -8,13 +8,12 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, checker, helper, numpy_helper
 
-from offramp.bundle import INVERSE_TEMPERATURE, ROWS, Dimension, InputSpec, TensorSpec
+from offramp.bundle import INVERSE_TEMPERATURE, PREVIOUS_ROWS, ROWS, Dimension, InputSpec, TensorSpec
 from offramp.errors import CutError
 from offramp.export.graph import GraphView, read_names, rename_tensors
 from offramp.export.probe import Probe
 from offramp.export.score_head import PREFIX, score_head
 
-PREVIOUS_ROWS = "previous_rows"  # leading dimension of a carried tensor as it comes in
 _MAX_PROTOBUF_BYTES = 2**31 - 1  # protobuf's limit for one message
 
 Source = tuple[str, int] | int  # an axis of a tensor at hand, or a length that never changes
