@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from offramp.errors import BundleError, CorruptError, StorageError, VersionError
+from offramp.errors import BundleError, CorruptError, VersionError
 from offramp.storage import remove_file, write_file
 
 SCHEMA = 1
@@ -237,10 +237,16 @@ def add_plan(bundle: Path, index: int, plan: PlanRecord, content: bytes) -> Mani
     manifest = load_manifest(bundle)
     segment = manifest.segments[index]
     kept = tuple(old for old in segment.plans if old.key != plan.key)
-    if len(kept) < len(segment.plans):
+    is_new = len(kept) == len(segment.plans)
+    if not is_new:
         save_manifest(bundle, _with_plans(manifest, index, kept))
     path = bundle / plan.file.path
-    write_file(path, content)
+    try:
+        write_file(path, content)
+    except BaseException:
+        if not is_new:
+            save_manifest(bundle, manifest)
+        raise
     updated = _with_plans(manifest, index, (*kept, plan))
     try:
         save_manifest(bundle, updated)

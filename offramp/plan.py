@@ -30,8 +30,7 @@ def plan_header(content: bytes) -> PlanHeader:
     """Read the header of a plan. Raises PlanError when `content` is not a plan."""
     if len(content) < _HEADER_BYTES:
         raise PlanError(
-            f"reading the header of a plan: got {len(content)} bytes, expected at least {_HEADER_BYTES}; "
-            f"{_REBUILD}"
+            f"reading the header of a plan: got {len(content)} bytes, expected at least {_HEADER_BYTES}; {_REBUILD}"
         )
     (tag,) = struct.unpack_from("<I", content)
     if tag not in _TAGS:
@@ -69,9 +68,7 @@ def plan_obstacle(plan: PlanRecord, version: str, sm: str) -> str:
     if not version:
         return f"plan needs {title}, which is not installed; run `pip install 'offramp[{plan.backend}]'`"
     if not sm:
-        return (
-            f"plan needs an NVIDIA GPU (SM {', '.join(plan.targets)}) and its driver, this machine has none"
-        )
+        return f"plan needs an NVIDIA GPU (SM {', '.join(plan.targets)}) and its driver, this machine has none"
     fits = _is_within(version, (plan.version,)) and _is_within(sm, plan.targets)
     if not fits:
         return (

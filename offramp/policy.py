@@ -54,9 +54,7 @@ class Policy:
         return cls()
 
     @classmethod
-    def thresholds(
-        cls, score: str, limits: Sequence[float | None], temperatures: Sequence[float] = ()
-    ) -> Policy:
+    def thresholds(cls, score: str, limits: Sequence[float | None], temperatures: Sequence[float] = ()) -> Policy:
         """The policy with one threshold per exit before the final one; `None` closes an exit."""
         return cls(score, tuple(limits), tuple(temperatures))
 
@@ -84,7 +82,8 @@ class Policy:
             )
         if self.temperatures and len(self.temperatures) != num_exits:
             raise OptionError(
-                f"policy has {len(self.temperatures)} temperatures, the model has {num_exits} exits; expected one per exit"
+                f"policy has {len(self.temperatures)} temperatures, the model has {num_exits} exits; "
+                f"expected one per exit"
             )
 
     def to_json(self) -> str:
@@ -102,7 +101,7 @@ class Policy:
         """The policy written by `to_json`. Raises OptionError when it is anything else."""
         try:
             document: Any = json.loads(text)
-        except (UnicodeDecodeError, json.JSONDecodeError) as exc:
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as exc:
             raise OptionError(f"policy is not JSON: {exc}") from exc
         expected = {"schema", "score", "thresholds", "temperatures"}
         if not isinstance(document, dict) or document.keys() != expected:

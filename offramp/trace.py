@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -40,9 +41,7 @@ class Trace:
 
     def __post_init__(self) -> None:
         if self.logits.ndim != 3 or not np.isfinite(self.logits).all():
-            raise DataError(
-                f"trace: got logits of shape {self.logits.shape}, expected finite (rows, exits, classes)"
-            )
+            raise DataError(f"trace: got logits of shape {self.logits.shape}, expected finite (rows, exits, classes)")
         rows, exits, classes = self.logits.shape
         expected = {
             "scores": (rows, exits, len(SCORES)),
@@ -53,9 +52,7 @@ class Trace:
         }
         for name, shape in expected.items():
             if (got := getattr(self, name).shape) != shape:
-                raise DataError(
-                    f"trace: got {name} of shape {got}, expected {shape} beside logits {self.logits.shape}"
-                )
+                raise DataError(f"trace: got {name} of shape {got}, expected {shape} beside logits {self.logits.shape}")
         if rows and not (self.labels.min() >= UNKNOWN and self.labels.max() < classes):
             raise DataError(
                 f"trace: got labels in [{self.labels.min()}, {self.labels.max()}], expected below {classes}"
@@ -77,9 +74,9 @@ def save_trace(path: Path, trace: Trace) -> None:
 def load_trace(path: Path) -> Trace:
     """Read a trace written by `save_trace`. Raises DataError."""
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             arrays: dict[str, Any] = {f.name: archive[f.name] for f in fields(Trace)}
-    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as exc:
+        arrays |= {name: str(arrays[name]) for name in ("fingerprint", "backend", "precision")}
+        return Trace(**arrays)
+    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as exc:
         raise DataError(f"reading trace {path}: {exc}; record it again with `offramp calibrate`") from exc
-    arrays |= {name: str(arrays[name]) for name in ("fingerprint", "backend", "precision")}
-    return Trace(**arrays)

@@ -98,9 +98,7 @@ class _Wanted:
     ranges: dict[str, Range]
 
 
-def build_engines(
-    bundle: Path, options: BuildOptions, on_progress: OnSegment = ignore_progress
-) -> BuildReport:
+def build_engines(bundle: Path, options: BuildOptions, on_progress: OnSegment = ignore_progress) -> BuildReport:
     """Build, or find already built, the plan of every segment of `bundle` and record it in the manifest.
 
     `on_progress` is called from the builder's threads. What can be known beforehand is checked for all
@@ -151,9 +149,7 @@ def _planned_build(bundle: Path, segment: SegmentSpec, wanted: _Wanted) -> Segme
     plan = next((plan for plan in segment.plans if plan.key == key), None)
     if plan is None or wanted.options.force or not _is_whole(bundle, plan):
         return build
-    return replace(
-        build, action="reuse", bytes=plan.file.bytes, fp16_share=plan.fp16_share, seconds=plan.seconds
-    )
+    return replace(build, action="reuse", bytes=plan.file.bytes, fp16_share=plan.fp16_share, seconds=plan.seconds)
 
 
 def _build_segment(
@@ -212,9 +208,7 @@ def _load_graph(bundle: Path, record: FileRecord) -> onnx.ModelProto:
     try:
         model = onnx.load_from_string(read_file(bundle, record))
     except DecodeError as exc:
-        raise CorruptError(
-            f"{bundle / record.path} is no ONNX graph: {exc}; export the bundle again"
-        ) from exc
+        raise CorruptError(f"{bundle / record.path} is no ONNX graph: {exc}; export the bundle again") from exc
     outside = [tensor.name for tensor in _weights(model) if uses_external_data(tensor)]
     if outside:
         raise BundleError(
@@ -228,8 +222,7 @@ def _graph_inputs(model: onnx.ModelProto) -> dict[str, tuple[Dimension, ...]]:
     """The shapes of a graph's inputs, symbolic dimensions by name."""
     return {
         value.name: tuple(
-            dim.dim_value if dim.HasField("dim_value") else dim.dim_param
-            for dim in value.type.tensor_type.shape.dim
+            dim.dim_value if dim.HasField("dim_value") else dim.dim_param for dim in value.type.tensor_type.shape.dim
         )
         for value in model.graph.input
     }

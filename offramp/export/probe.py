@@ -8,6 +8,7 @@ to be right. Two axes have the same *law* when they had the same length at every
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -63,20 +64,21 @@ def probe_graph(
     """
     _check_deterministic(view)
     run = run_tensors(view)
-    nominal, *others = _sizes(inputs, dimensions, example)
+    wanted = _sizes(inputs, dimensions, example)
+    nominal, *others = wanted
     feed = resize_inputs(inputs, example, nominal)
+    _check_runs(run, inputs, example, nominal)
     values = run(feed)
     chosen = run({name: value[_CHOSEN_ROWS] for name, value in feed.items()})
-    sizes, shapes, failures = [nominal], [{name: np.shape(value) for name, value in values.items()}], []
+    sizes, shapes = [nominal], [{name: np.shape(value) for name, value in values.items()}]
     for size in others:
         try:
             other = run(resize_inputs(inputs, example, size))
-        except CutError as exc:
-            failures.append(f"at {size}: {exc}")
-            continue
+        except CutError:
+            continue  # a graph may refuse some lengths; whether it refuses all is checked below
         sizes.append(size)
         shapes.append({name: np.shape(value) for name, value in other.items()})
-    _check_dynamic(inputs, dimensions, sizes, failures)
+    _check_dynamic(run, inputs, example, wanted, sizes)
     symbols = {tuple(size[symbol] for size in sizes): symbol for symbol in (*dimensions, ROWS)}
     rows_law = tuple(size[ROWS] for size in sizes)
     tensors = {
@@ -142,22 +144,47 @@ def _check_deterministic(view: GraphView) -> None:
             )
 
 
-def _check_dynamic(
-    inputs: Sequence[InputSpec],
-    dimensions: Mapping[str, DimensionSpec],
-    sizes: Sequence[Mapping[str, int]],
-    failures: Sequence[str],
+def _check_runs(
+    run: Callable[[Arrays], object], inputs: Sequence[InputSpec], example: Arrays, nominal: Mapping[str, int]
 ) -> None:
-    for symbol in {ROWS: None, **dimensions}:
-        fixed = symbol != ROWS and dimensions[symbol].min == dimensions[symbol].max
-        if not fixed and len({size[symbol] for size in sizes}) < 2:
-            names = ", ".join(spec.name for spec in inputs if symbol in spec.shape)
-            why = failures[-1] if failures else "its range allows no other length"
+    """Raise CaptureError when the graph runs with some number of rows but not with the nominal one."""
+    try:
+        run(resize_inputs(inputs, example, nominal))
+        return
+    except CutError as exc:
+        refusal = exc
+    for rows in (1, 2, len(next(iter(example.values())))):
+        with contextlib.suppress(CutError):
+            run(resize_inputs(inputs, example, {**nominal, ROWS: rows}))
             raise CaptureError(
-                f"dimension {symbol!r} of {names} is declared dynamic but the graph runs only at "
-                f"{sizes[0][symbol]} ({why}); export with an example batch of at least 2 rows and that "
-                f"dimension dynamic, or declare it static"
-            )
+                f"the graph runs with {rows} rows and not with {nominal[ROWS]}: its batch was fixed when it was "
+                f"exported; export it with an example batch of at least 2 and a dynamic first axis ({refusal})"
+            ) from refusal
+    raise refusal
+
+
+def _check_dynamic(
+    run: Callable[[Arrays], object],
+    inputs: Sequence[InputSpec],
+    example: Arrays,
+    sizes: Sequence[Mapping[str, int]],
+    ran: Sequence[Mapping[str, int]],
+) -> None:
+    """Raise CaptureError for the first dimension that cannot change although several lengths of it were tried."""
+    for symbol in sizes[0]:
+        if len({size[symbol] for size in ran}) > 1 or len({size[symbol] for size in sizes}) == 1:
+            continue
+        for size in sizes[1:]:
+            alone = {**sizes[0], symbol: size[symbol]}
+            try:
+                run(resize_inputs(inputs, example, alone))
+            except CutError as exc:
+                names = ", ".join(spec.name for spec in inputs if symbol in spec.shape)
+                raise CaptureError(
+                    f"dimension {symbol!r} of {names} is declared dynamic but the graph runs at {sizes[0][symbol]} and "
+                    f"not at {size[symbol]} ({exc}); export with an example batch of at least 2 rows and that "
+                    f"dimension dynamic, or declare it static"
+                ) from exc
 
 
 def run_tensors(view: GraphView, names: Sequence[str] = ()) -> Callable[[Arrays], dict[str, NDArray[np.generic]]]:

@@ -133,9 +133,7 @@ def _sizes_from_shapes(manifest: Manifest, shapes: Shapes, option: str) -> dict[
             raise OptionError(f"{option}: unknown input {name!r}, the model has {', '.join(specs)}")
         if len(shape) != len(specs[name]):
             wanted = "x".join(str(size) for size in specs[name])
-            raise OptionError(
-                f"{option}: {name!r} got {len(shape)} dimensions, expected {len(specs[name])} ({wanted})"
-            )
+            raise OptionError(f"{option}: {name!r} got {len(shape)} dimensions, expected {len(specs[name])} ({wanted})")
         for axis, (size, dimension) in enumerate(zip(shape, specs[name], strict=True)):
             where = f"{option}: axis {axis} of {name!r}"
             known = sizes.get(dimension) if isinstance(dimension, str) else dimension

@@ -57,9 +57,7 @@ class BuilderOptions:
         if not 0 <= self.opt_level <= MAX_OPT_LEVEL:
             raise OptionError(f"--opt-level {self.opt_level}: expected 0 to {MAX_OPT_LEVEL}")
         if len(set(self.compute_capabilities)) < len(self.compute_capabilities):
-            raise OptionError(
-                f"--compute-capability {','.join(self.compute_capabilities)}: one is given twice"
-            )
+            raise OptionError(f"--compute-capability {','.join(self.compute_capabilities)}: one is given twice")
         for capability in self.compute_capabilities:
             if not re.fullmatch(r"\d+\.\d", capability):
                 raise OptionError(f"--compute-capability {capability}: expected a number such as 8.6")
@@ -176,9 +174,7 @@ def _build(
     cache = _attach_timing_cache(config, backend.options)
     plan = _run_cancellable(functools.partial(builder.build_serialized_network, network, config), monitor)
     if plan is None:
-        raise BuildError(
-            f"building a plan: {_said(log)}; change the graph or the options, or run with ONNX Runtime"
-        )
+        raise BuildError(f"building a plan: {_said(log)}; change the graph or the options, or run with ONNX Runtime")
     if cache is not None and backend.options.timing_cache is not None:
         write_file(backend.options.timing_cache, bytes(cache.serialize()))
     return bytes(plan), fp16_share

@@ -4,16 +4,16 @@ The encoder is an ordinary `nn.Module`: nothing in the compiler knows it. The la
 `transformers`; the loop over them is ours, so that a segment is a run of layers.
 """
 
-import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
+from transformers.models.bert.modeling_bert import BertEmbeddings
 from transformers.utils import logging as transformers_logging
 
 from offramp.errors import DataError, ModelError, OptionError
@@ -30,8 +30,8 @@ MASKED_SCORE = -1e4
 class EncoderConfig:
     """Where the exits are and how they read the hidden state.
 
-    `exits` are 1-based layers in increasing order; layers above the last one are dropped, so `(2,)` is a static
-    model of 2 layers. `dropout` holds for the layers and the exit heads. Raises OptionError.
+    `exits` are 1-based layers in increasing order; layers above the last one are dropped, so `(2,)` is a
+    static model of 2 layers. `dropout` holds for the layers and the exit heads. Raises OptionError.
     """
 
     exits: tuple[int, ...] = (2, 4, 6)
@@ -42,9 +42,7 @@ class EncoderConfig:
     def __post_init__(self) -> None:
         increasing = all(low < high for low, high in zip(self.exits, self.exits[1:], strict=False))
         if not self.exits or self.exits[0] < 1 or not increasing:
-            raise OptionError(
-                f"exits: got {self.exits}, expected layer numbers from 1, strictly increasing, such as (2, 4, 6)"
-            )
+            raise OptionError(f"exits: got {self.exits}, expected layer numbers from 1, increasing, such as (2, 4, 6)")
         if self.num_classes < 2:
             raise OptionError(f"num_classes: got {self.num_classes}, expected 2 or more")
         if self.pooling not in get_args(Pooling):
@@ -76,13 +74,12 @@ class EarlyExitEncoder(nn.Module):
         set_dropout(self, config.dropout)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
-        """Classify N token sequences: input_ids and attention_mask (1 = token, 0 = padding) are (N, T) int64."""
-        kept = attention_mask.to(self.embeddings.word_embeddings.weight.dtype)[
-            :, None, :
-        ]  # (N, 1, T) in {0, 1}
+        """Classify N texts: input_ids and attention_mask (1 = token, 0 = padding) are (N, T) int64."""
+        dtype = self.embeddings.word_embeddings.weight.dtype
+        kept = attention_mask[:, None, :].to(dtype)  # (N, 1, T) in {0, 1}
         score_mask = (1.0 - kept)[:, None] * MASKED_SCORE  # (N, 1, 1, T) in {MASKED_SCORE, 0}
         token_weights = mean_weights(kept) if self.config.pooling == "mean" else None  # (N, 1, T)
-        hidden = self.embeddings(input_ids)  # (N, T, d)
+        hidden = embedded(self.embeddings, input_ids)  # (N, T, d)
         logits = []
         heads = iter(self.heads)
         for depth, layer in enumerate(self.layers, start=1):
@@ -90,6 +87,17 @@ class EarlyExitEncoder(nn.Module):
             if depth in self.config.exits:
                 logits.append(next(heads)(pooled(hidden, token_weights)))  # (N, C)
         return tuple(logits)
+
+
+def embedded(embeddings: BertEmbeddings, input_ids: Tensor) -> Tensor:
+    """Embed input_ids (N, T) to (N, T, d), every token of type 0.
+
+    Calling `embeddings` would do the same in more operators: it gathers token types from a buffer of zeros.
+    """
+    length = input_ids.shape[1]
+    by_place = embeddings.position_embeddings.weight[:length] + embeddings.token_type_embeddings.weight[0]  # (T, d)
+    hidden: Tensor = embeddings.dropout(embeddings.LayerNorm(embeddings.word_embeddings(input_ids) + by_place))
+    return hidden
 
 
 def exit_head(hidden_size: int, num_classes: int, dropout: float) -> nn.Module:
@@ -127,13 +135,11 @@ def check_bert(bert: BertModel, config: EncoderConfig) -> None:
     """Raise ModelError unless `bert` is an encoder with a layer for every exit."""
     num_layers = bert.config.num_hidden_layers
     if num_layers < config.exits[-1]:
-        raise ModelError(
-            f"placing exits {config.exits}: the encoder has {num_layers} layers; choose exits up to {num_layers}"
-        )
+        raise ModelError(f"placing exits {config.exits}: the encoder has {num_layers} layers; name exits up to that")
     if bert.config.is_decoder or bert.config.add_cross_attention:
         raise ModelError(
-            "placing exits: got a BERT decoder, expected an encoder; set is_decoder and add_cross_attention to "
-            "false in its config.json"
+            "placing exits: got a BERT decoder, expected an encoder; set is_decoder and add_cross_attention "
+            "to false in its config.json"
         )
 
 
@@ -143,9 +149,9 @@ def encoder_from_pretrained(path: Path, config: EncoderConfig, seed: int = 0) ->
     Nothing is downloaded. Raises DataError if the directory is not such a checkpoint, ModelError as
     EarlyExitEncoder does.
     """
-    bert = load_bert(path)
-    if seed < 0 or not math.isfinite(seed):
+    if seed < 0:
         raise OptionError(f"seed: got {seed}, expected an integer from 0")
+    bert = load_bert(path)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return EarlyExitEncoder(bert, config).eval()
@@ -159,7 +165,7 @@ def load_bert(path: Path) -> BertModel:
         if bert_config.model_type != "bert":
             raise DataError(f"loading an encoder from {path}: got a {bert_config.model_type} model; {cure}")
         with quiet_transformers():
-            bert, info = BertModel.from_pretrained(
+            loaded: Any = BertModel.from_pretrained(
                 path,
                 config=bert_config,
                 add_pooling_layer=False,
@@ -169,15 +175,12 @@ def load_bert(path: Path) -> BertModel:
             )
     except DataError:
         raise
-    except (
-        Exception
-    ) as exc:  # transformers raises OSError, ValueError, RuntimeError, safetensors' own and more
+    except Exception as exc:  # transformers raises OSError, ValueError, RuntimeError, safetensors' own and more
         raise DataError(f"loading an encoder from {path}: got {type(exc).__name__}: {exc}; {cure}") from exc
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise DataError(
-            f"loading an encoder from {path}: {len(missing)} weights missing ({missing[0]} …); {cure}"
-        )
+    bert: BertModel = loaded[0]
+    missing = sorted(loaded[1]["missing_keys"])
+    if missing:
+        raise DataError(f"loading an encoder from {path}: {len(missing)} weights missing ({missing[0]} …); {cure}")
     return bert
 
 
@@ -186,11 +189,11 @@ def quiet_transformers() -> Iterator[None]:
     """Silence the progress bar and load report of transformers, and put its settings back."""
     verbosity = transformers_logging.get_verbosity()
     bars_were_on = transformers_logging.is_progress_bar_enabled()
-    transformers_logging.set_verbosity_error()
-    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars_were_on:
-            transformers_logging.enable_progress_bar()
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]

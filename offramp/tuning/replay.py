@@ -1,0 +1,120 @@
+"""Replay: what a policy does with the rows of a trace, and what that costs and gets right.
+
+The decisions are made by `Policy.decide`, the function the runtime calls, exit by exit on the rows that are
+still there. Nothing is executed: scores come from the trace, or from its logits at other temperatures.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.errors import DataError
+from offramp.policy import FINAL, Policy
+from offramp.trace import UNKNOWN, Trace
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Where every row left, with which answer and why; as the runtime would report it."""
+
+    exit_index: NDArray[np.int64]  # (N,) in [0, E)
+    prediction: NDArray[np.int64]  # (N,)
+    reason: NDArray[np.str_]  # (N,)
+
+
+def scores_from_logits(logits: NDArray[np.float32], inverse_temperature: np.float32 | float) -> NDArray[np.float32]:
+    """The scores of logits (N, C), as a segment's score head computes them in float32.
+
+    Returns (N, 3) in [0, 1]: max probability, margin of the two largest, entropy divided by log C; see
+    `thresholds.MIN_GAP` for how far an engine's may be from them. Raises DataError when C < 2.
+    """
+    if logits.ndim != 2 or logits.shape[1] < 2:
+        raise DataError(f"scores: got logits of shape {logits.shape}, expected (rows, at least 2 classes)")
+    scaled = np.asarray(logits, np.float32) * np.float32(inverse_temperature)
+    shifted = scaled - scaled.max(axis=1, keepdims=True)  # (N, C) <= 0
+    powers = np.exp(shifted)
+    total = powers.sum(axis=1, keepdims=True)  # (N, 1) in [1, C]
+    probabilities = powers / total  # (N, C)
+    log_probabilities = shifted - np.log(total)  # finite where log(probabilities) would be -inf
+    second, first = np.partition(probabilities, -2, axis=1)[:, -2:].T
+    entropy = -(probabilities * log_probabilities).sum(axis=1) / np.float32(math.log(logits.shape[1]))
+    scores = np.stack([first, first - second, entropy], axis=1)
+    return scores.clip(0, 1)  # rounding takes the entropy of a uniform row above 1
+
+
+def scores_at(trace: Trace, inverse_temperatures: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The scores (N, E, 3) of a trace at `inverse_temperatures` (E,).
+
+    An exit whose temperature is the recorded one keeps the engine's own scores; others are computed.
+    """
+    recorded = np.reciprocal(trace.temperatures).astype(np.float32)
+    scores = trace.scores.copy()
+    for k in np.flatnonzero(recorded != inverse_temperatures):
+        scores[:, k] = scores_from_logits(trace.logits[:, k], inverse_temperatures[k])
+    return scores
+
+
+def replay(policy: Policy, trace: Trace) -> Replay:
+    """What `policy` does with every row of `trace`.
+
+    Raises OptionError when it is for another number of exits.
+    """
+    policy.check_exits(trace.num_exits)
+    scores = scores_at(trace, policy.inverse_temperatures(trace.num_exits))
+    num_rows, final = len(trace.logits), trace.num_exits - 1
+    exit_index = np.full(num_rows, final, np.int64)
+    live = np.arange(num_rows)
+    reasons = []
+    for k in range(final):
+        leaves, reason = policy.decide(k, scores[live, k])
+        exit_index[live[leaves]] = k
+        live = live[~leaves]
+        reasons.append(reason)
+    prediction = trace.predictions[np.arange(num_rows), exit_index]
+    return Replay(exit_index, prediction, np.array([*reasons, FINAL])[exit_index])
+
+
+def mean_depth(exit_index: NDArray[np.int64]) -> float:
+    """Segments executed per row, on average over `exit_index` (N,). Raises DataError when N = 0."""
+    _check_rows(len(exit_index))
+    return float(exit_index.mean()) + 1
+
+
+def exit_shares(exit_index: NDArray[np.int64], num_exits: int) -> NDArray[np.float64]:
+    """Share of the rows `exit_index` (N,) that left at each exit, (E,). Raises DataError when N = 0."""
+    _check_rows(len(exit_index))
+    return np.bincount(exit_index, minlength=num_exits) / len(exit_index)
+
+
+def accuracy(prediction: NDArray[np.int64], labels: NDArray[np.int64]) -> float:
+    """Share of the labelled rows whose prediction (N,) is the label (N,). Raises DataError without any."""
+    known = labels != UNKNOWN
+    if not known.any():
+        raise DataError(f"accuracy: got {len(labels)} rows, none with a label; record a trace of labelled data")
+    return float((prediction == labels)[known].mean())
+
+
+def cumulative_costs_ms(trace: Trace) -> NDArray[np.float64]:
+    """What a row costs that leaves at exit k, (E,): all segments up to k.
+
+    Raises DataError when a cost is negative or not finite, or when all of them are 0.
+    """
+    costs = trace.costs_ms
+    if not (np.isfinite(costs).all() and (costs >= 0).all() and costs.any()):
+        raise DataError(f"trace: got costs_ms {costs.tolist()}, expected the time of every segment, above 0")
+    return np.cumsum(costs)
+
+
+def expected_cost_ms(exit_index: NDArray[np.int64], trace: Trace) -> float:
+    """Mean cost of rows that left at `exit_index` (N,). Raises DataError as above, and when N = 0."""
+    _check_rows(len(exit_index))
+    return float(cumulative_costs_ms(trace)[exit_index].mean())
+
+
+def _check_rows(num_rows: int) -> None:
+    if num_rows == 0:
+        raise DataError("replay: got a trace of 0 rows, expected at least 1; record it again with data")

@@ -1,0 +1,51 @@
+"""FakeEngine and fake_runner, as a user's tests meet them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from offramp.errors import OptionError
+from offramp.policy import Policy
+from offramp.runtime import FakeEngine, fake_runner
+from offramp.runtime.fake import logits_from_max_prob, scores_from_logits
+
+ONE = np.float32(1)
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 10])
+def test_logits_from_max_prob_give_that_probability(num_classes: int) -> None:
+    wanted = np.array([0.5, 0.75, 0.99])
+    scores = scores_from_logits(logits_from_max_prob(wanted, num_classes), ONE)
+    np.testing.assert_allclose(scores[:, 0], wanted, atol=1e-6)
+
+
+def test_scores_by_hand() -> None:
+    scores = scores_from_logits(np.log(np.array([[0.7, 0.2, 0.1], [1 / 3] * 3], np.float32)), ONE)
+    entropy = -(0.7 * np.log(0.7) + 0.2 * np.log(0.2) + 0.1 * np.log(0.1)) / np.log(3)
+    np.testing.assert_allclose(scores, [[0.7, 0.5, entropy], [1 / 3, 0, 1]], atol=1e-6)
+    assert scores.dtype == np.float32
+
+
+def test_scores_of_huge_logits_are_finite() -> None:
+    scores = scores_from_logits(np.array([[1e4, -1e4]], np.float32), ONE)
+    np.testing.assert_array_equal(scores, [[1, 1, 0]])
+
+
+@pytest.mark.parametrize("max_prob", [0.4, 1.0, float("nan")])
+def test_an_impossible_probability_is_refused(max_prob: float) -> None:
+    with pytest.raises(OptionError, match="at least 1 / 2 and below 1"):
+        fake_runner([max_prob])
+
+
+@pytest.mark.parametrize("logits", [[[0.0, 1.0]], [0.0, 1.0], [[0.0], [1.0]], [[0.0, 1.0], [np.nan, 0.0]]])
+def test_an_answer_of_the_wrong_shape_is_refused(logits: object) -> None:
+    engine = FakeEngine(lambda inputs: logits)
+    with pytest.raises(OptionError, match=r"answer to 2 rows .* expected finite logits \(2, classes\)"):
+        engine.run({"x": np.zeros(2)}, np.arange(2), ONE)
+
+
+def test_the_example_of_the_docstring() -> None:
+    runner = fake_runner([0.6, 0.95], Policy.thresholds("max_prob", [0.9]))
+    assert runner.run({"x": np.zeros(3, np.float32)}).exit_index.tolist() == [1, 1, 1]
+    assert runner.backend == "fake"

@@ -1,0 +1,194 @@
+import math
+from dataclasses import replace as changed
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from traces import random_trace, trace_by_hand
+
+from offramp.errors import DataError, OptionError
+from offramp.policy import FINAL, Policy
+from offramp.trace import UNKNOWN
+from offramp.tuning.replay import (
+    accuracy,
+    cumulative_costs_ms,
+    exit_shares,
+    expected_cost_ms,
+    mean_depth,
+    replay,
+    scores_at,
+    scores_from_logits,
+)
+from offramp.tuning.thresholds import MIN_GAP
+
+SCORE_NAMES = ("max_prob", "margin", "entropy")
+LIMITS = st.lists(st.one_of(st.none(), st.floats(0, 1)), min_size=3, max_size=3)
+RANDOM = random_trace(40, 4, seed=3)
+
+
+def hand_trace():
+    return trace_by_hand(
+        predictions=[[1, 1, 1], [0, 1, 1], [0, 0, 1], [1, 0, 0]],
+        confidences=[[0.9, 0.95, 0.99], [0.6, 0.8, 0.9], [0.7, 0.6, 0.7], [0.8, 0.7, 0.9]],
+        labels=[1, 1, 0, UNKNOWN],
+        costs_ms=[1, 2, 4],
+    )
+
+
+def row_by_row(policy, trace):
+    """The slow reference: one row at a time, one score at a time."""
+    scores = scores_at(trace, policy.inverse_temperatures(trace.num_exits))
+    for row in range(len(trace.logits)):
+        leaving = trace.num_exits - 1
+        for k in reversed(range(trace.num_exits - 1)):
+            if policy.decide(k, scores[row : row + 1, k])[0][0]:
+                leaving = k
+        yield leaving
+
+
+def test_scores_by_hand():
+    scores = scores_from_logits(np.log(np.array([[0.7, 0.2, 0.1]], np.float32)), 1.0)
+    entropy = -(0.7 * math.log(0.7) + 0.2 * math.log(0.2) + 0.1 * math.log(0.1)) / math.log(3)
+    assert scores.dtype == np.float32
+    np.testing.assert_allclose(scores, [[0.7, 0.5, entropy]], rtol=1e-6)
+
+
+def test_inverse_temperature_scales_the_log_odds():
+    logits = np.log(np.array([[0.25, 0.75]], np.float32))
+    np.testing.assert_allclose(scores_from_logits(logits, 2.0)[0, :2], [0.9, 0.8], rtol=1e-6)
+
+
+def test_scores_of_flat_and_extreme_rows():
+    flat = scores_from_logits(np.zeros((1, 7), np.float32), 1.0)
+    np.testing.assert_allclose(flat, [[1 / 7, 0, 1]], atol=1e-6)
+    sure = scores_from_logits(np.array([[500.0, -500.0, 0.0]], np.float32), 20.0)
+    np.testing.assert_array_equal(sure, [[1, 1, 0]])
+
+
+@given(st.lists(st.lists(st.floats(-30, 30, width=32), min_size=4, max_size=4), max_size=8), st.floats(0.05, 20))
+def test_scores_stay_in_range(rows, inverse_temperature):
+    scores = scores_from_logits(np.array(rows, np.float32).reshape(-1, 4), inverse_temperature)
+    assert scores.shape == (len(rows), 3)
+    assert ((scores >= 0) & (scores <= 1)).all()
+
+
+@pytest.mark.parametrize("num_classes", [2, 3, 37, 500])
+def test_scores_are_those_of_the_segments_score_head(num_classes):
+    """Within half of MIN_GAP, the distance that thresholds keep from the scores of a trace."""
+    onnx = pytest.importorskip("onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from offramp.export.score_head import score_head
+
+    nodes, constants = score_head(num_classes)
+    float32 = onnx.TensorProto.FLOAT
+    value = onnx.helper.make_tensor_value_info
+    graph = onnx.helper.make_graph(
+        nodes,
+        "head",
+        [value("logits", float32, ["rows", num_classes]), value("inverse_temperature", float32, [])],
+        [value("scores", float32, ["rows", 3])],
+        constants,
+    )
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
+    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    logits = (np.random.default_rng(0).normal(size=(2000, num_classes)) * 4).astype(np.float32)
+    inverse = np.float32(1 / 1.37)
+    (scores,) = session.run(["scores"], {"logits": logits, "inverse_temperature": np.asarray(inverse)})
+    assert np.abs(scores - scores_from_logits(logits, inverse)).max() < MIN_GAP / 2
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 1)])
+def test_scores_need_two_classes(shape):
+    with pytest.raises(DataError, match="at least 2 classes"):
+        scores_from_logits(np.zeros(shape, np.float32), 1.0)
+
+
+def test_replay_by_hand():
+    trace = hand_trace()
+    result = replay(Policy.thresholds("max_prob", [0.75, 0.75]), trace)
+    assert result.exit_index.tolist() == [0, 1, 2, 0]
+    assert result.prediction.tolist() == [1, 1, 1, 1]
+    assert result.reason.tolist() == ["max_prob", "max_prob", FINAL, "max_prob"]
+    assert mean_depth(result.exit_index) == (1 + 2 + 3 + 1) / 4
+    assert exit_shares(result.exit_index, 3).tolist() == [0.5, 0.25, 0.25]
+    assert expected_cost_ms(result.exit_index, trace) == (1 + 3 + 7 + 1) / 4
+    assert accuracy(result.prediction, trace.labels) == pytest.approx(2 / 3)
+
+
+def test_entropy_fires_when_small():
+    # binary entropy at 0.9 is 0.469, at 0.8 0.722, at 0.7 0.881
+    result = replay(Policy.thresholds("entropy", [0.5, 0.75]), hand_trace())
+    assert result.exit_index.tolist() == [0, 1, 2, 2]
+
+
+@pytest.mark.parametrize("policy", [Policy.full_depth(), Policy.thresholds("margin", [None, None])])
+def test_all_closed_is_full_depth(policy):
+    trace = hand_trace()
+    result = replay(policy, trace)
+    assert (result.exit_index == 2).all()
+    assert (result.prediction == trace.predictions[:, -1]).all()
+    assert set(result.reason) == {FINAL}
+    assert expected_cost_ms(result.exit_index, trace) == 7
+
+
+@settings(deadline=None)
+@given(st.sampled_from(SCORE_NAMES), LIMITS, st.sampled_from([(), (0.5, 1.0, 2.0, 1.0)]))
+def test_replay_is_the_row_by_row_rule(score, limits, temperatures):
+    policy = Policy.thresholds(score, limits, temperatures)
+    assert replay(policy, RANDOM).exit_index.tolist() == list(row_by_row(policy, RANDOM))
+
+
+@settings(deadline=None)
+@given(st.sampled_from(SCORE_NAMES), LIMITS, st.integers(0, 2), st.one_of(st.none(), st.floats(0, 1)))
+def test_a_stricter_threshold_never_lets_a_row_leave_earlier(score, limits, exit_index, other):
+    sign = -1 if score == "entropy" else 1  # a small entropy is sure, so there strict is low
+    strict = list(limits)
+    if limits[exit_index] is None or other is None:
+        strict[exit_index] = None
+    else:
+        strict[exit_index] = sign * max(sign * limits[exit_index], sign * other)
+    loose = replay(Policy.thresholds(score, limits), RANDOM).exit_index
+    tight = replay(Policy.thresholds(score, strict), RANDOM).exit_index
+    assert (tight >= loose).all()
+    assert expected_cost_ms(tight, RANDOM) >= expected_cost_ms(loose, RANDOM)
+
+
+def test_recorded_scores_are_used_where_the_temperature_is_the_recorded_one():
+    trace = hand_trace()
+    marked = changed(trace, scores=np.zeros_like(trace.scores), temperatures=np.array([1.0, 2.0, 1.0]))
+    scores = scores_at(marked, Policy(temperatures=(1.0, 3.0, 1.0)).inverse_temperatures(3))
+    assert (scores[:, [0, 2]] == 0).all()
+    np.testing.assert_array_equal(scores[:, 1], scores_from_logits(trace.logits[:, 1], np.float32(1 / 3)))
+    assert (marked.scores == 0).all(), "the trace is not written to"
+
+
+def test_temperature_changes_who_leaves_but_no_prediction():
+    trace = hand_trace()
+    cold = replay(Policy.thresholds("max_prob", [0.95, 0.95], (0.5, 0.5, 0.5)), trace)
+    warm = replay(Policy.thresholds("max_prob", [0.95, 0.95], (2.0, 2.0, 2.0)), trace)
+    assert (cold.exit_index <= warm.exit_index).all()
+    assert cold.exit_index.tolist() == [0, 2, 2, 2]  # odds 9 : 1 squared are 0.988; 4 : 1 squared 0.941
+    assert (warm.prediction == trace.predictions[:, -1]).all()
+
+
+def test_replay_of_no_rows_is_empty_and_has_no_means():
+    empty = random_trace(0, 3, seed=0)
+    result = replay(Policy.thresholds("max_prob", [0.5, 0.5]), empty)
+    assert result.exit_index.shape == result.prediction.shape == result.reason.shape == (0,)
+    for statistic in (mean_depth, lambda e: exit_shares(e, 3), lambda e: expected_cost_ms(e, empty)):
+        with pytest.raises(DataError, match="0 rows"):
+            statistic(result.exit_index)
+    with pytest.raises(DataError, match="none with a label"):
+        accuracy(result.prediction, empty.labels)
+
+
+def test_replay_refuses_a_policy_for_another_model():
+    with pytest.raises(OptionError, match="3 thresholds"):
+        replay(Policy.thresholds("max_prob", [0.5, 0.5, 0.5]), hand_trace())
+
+
+@pytest.mark.parametrize("costs_ms", [[0.0, 0.0, 0.0], [1.0, -1.0, 1.0], [1.0, np.nan, 1.0]])
+def test_costs_that_make_no_sense_are_a_data_error(costs_ms):
+    with pytest.raises(DataError, match="the time of every segment"):
+        cumulative_costs_ms(changed(hand_trace(), costs_ms=np.array(costs_ms)))
