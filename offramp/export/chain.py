@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto
 
-from offramp.bundle import INVERSE_TEMPERATURE, ROWS
+from offramp.bundle import INVERSE_TEMPERATURE, ROWS, TensorSpec
 from offramp.errors import ParityError
-from offramp.export.cut import Segment
 
 Arrays = dict[str, NDArray[np.generic]]
 
@@ -39,15 +39,24 @@ def open_session(model: ModelProto) -> ort.InferenceSession:
         raise ParityError(f"ONNX Runtime does not load {model.graph.name}: {exc}") from exc
 
 
+class Interface(Protocol):
+    """What a segment takes over and hands on: a cut Segment, or a SegmentSpec of a manifest."""
+
+    @property
+    def carry_in(self) -> tuple[TensorSpec, ...]: ...
+    @property
+    def carry_out(self) -> tuple[TensorSpec, ...]: ...
+
+
 @dataclass(frozen=True)
 class Chain:
     """Segment graphs of one precision, ready to run."""
 
-    segments: Sequence[Segment]
+    segments: Sequence[Interface]
     sessions: Sequence[ort.InferenceSession]
 
     @classmethod
-    def open(cls, segments: Sequence[Segment], models: Sequence[ModelProto]) -> Chain:
+    def open(cls, segments: Sequence[Interface], models: Sequence[ModelProto]) -> Chain:
         return cls(segments, [open_session(model) for model in models])
 
     def run_segment(self, index: int, feed: Mapping[str, NDArray[np.generic]]) -> Arrays:

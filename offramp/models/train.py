@@ -51,9 +51,9 @@ class TrainOptions:
     instructions for it.
     """
 
-    epochs: int = 3
+    epochs: int = 2
     batch_size: int = 32
-    encoder_lr: float = 5e-5
+    encoder_lr: float = 1e-4
     head_lr: float = 1e-3
     warmup_ratio: float = 0.1
     early_weight: float = EARLY_WEIGHT

@@ -96,9 +96,17 @@ def _engine_from_segment(
             f"opening {bundle}: segment {segment.index} has no {precision!r} graph, expected one of "
             f"{', '.join(sorted(segment.graphs)) or 'none at all'}; choose that precision, or export it"
         )
-    content = read_file(bundle, record)
+    place = bundle / record.path
+    session = open_session(read_file(bundle, record), threads, str(place))
+    _check_tensors(session.get_inputs(), _expected_inputs(session.get_inputs(), segment), f"{place}: input")
+    _check_tensors(session.get_outputs(), _expected_outputs(segment, num_classes), f"{place}: output")
+    return OnnxRuntimeEngine(session, segment)
+
+
+def open_session(content: bytes, threads: int, place: str) -> onnxruntime.InferenceSession:
+    """A CPU session for the graph `content`, which came from `place`, as engines use it. Raises BundleError."""
     try:
-        session = onnxruntime.InferenceSession(
+        return onnxruntime.InferenceSession(
             content,
             _session_options(threads),
             providers=["CPUExecutionProvider"],
@@ -106,13 +114,9 @@ def _engine_from_segment(
         )
     except Exception as exc:  # ONNX Runtime's errors have no common base below Exception
         raise BundleError(
-            f"opening {bundle / record.path}: ONNX Runtime {onnxruntime.__version__} refuses it: {exc}; "
+            f"opening {place}: ONNX Runtime {onnxruntime.__version__} refuses it: {exc}; "
             f"export the bundle again with this version installed"
         ) from exc
-    place = bundle / record.path
-    _check_tensors(session.get_inputs(), _expected_inputs(session.get_inputs(), segment), f"{place}: input")
-    _check_tensors(session.get_outputs(), _expected_outputs(segment, num_classes), f"{place}: output")
-    return OnnxRuntimeEngine(session, segment)
 
 
 def _session_options(threads: int) -> onnxruntime.SessionOptions:

@@ -1,0 +1,58 @@
+"""What is in a bundle, for people and machines: `offramp inspect`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from offramp.bundle import load_manifest, read_file, read_policy
+from offramp.plan import check_plan_header, plan_header
+
+
+def describe_bundle(bundle: Path) -> dict[str, Any]:
+    """The manifest as plain values, every file checked, every plan with the header that was read back from it.
+
+    Raises BundleError or PlanError for the first file that is not as recorded.
+    """
+    manifest = load_manifest(bundle)
+    read_policy(bundle, manifest)
+    if manifest.text:
+        read_file(bundle, manifest.text.tokenizer)
+    description = dataclasses.asdict(manifest)
+    description["fingerprint"] = manifest.fingerprint
+    for segment, shown in zip(manifest.segments, description["segments"], strict=True):
+        for record in segment.graphs.values():
+            read_file(bundle, record)
+        for plan, plan_shown in zip(segment.plans, shown["plans"], strict=True):
+            content = read_file(bundle, plan.file)
+            check_plan_header(content, plan)
+            plan_shown["header"] = dataclasses.asdict(plan_header(content))
+    return description
+
+
+def lines_from_description(description: dict[str, Any]) -> Iterator[str]:
+    """The description as lines of text."""
+    yield f"{description['name']}: {len(description['segments'])} segments, schema {description['schema']}"
+    for spec in description["inputs"]:
+        values = "" if spec["maximum"] is None else f" in {spec['minimum']} … {spec['maximum']}"
+        yield f"  input {spec['name']} {spec['dtype']} {_shape(spec['shape'])}{values}"
+    for name, limits in description["dimensions"].items():
+        yield f"  {name}: {limits['min']} … {limits['max']}"
+    for segment, exit_spec in zip(description["segments"], description["exits"], strict=True):
+        yield f"segment {segment['index']} → exit {exit_spec['name']}, {exit_spec['num_classes']} classes"
+        for tensor in segment["carry_out"]:
+            yield f"  carries {tensor['name']} {tensor['dtype']} {_shape(tensor['shape'])}"
+        for precision, record in segment["graphs"].items():
+            yield f"  graph {precision}: {record['path']}, {record['bytes'] / 1e6:.1f} MB"
+        for plan in segment["plans"]:
+            header = plan["header"]
+            yield (
+                f"  plan {plan['precision']}: {plan['file']['path']}, {plan['file']['bytes'] / 1e6:.1f} MB, "
+                f"header says {header['backend']} {header['version']}, for SM {', '.join(plan['targets'])}"
+            )
+
+
+def _shape(shape: Any) -> str:
+    return "(" + ", ".join(str(length) for length in shape) + ")"

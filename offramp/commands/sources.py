@@ -1,0 +1,119 @@
+"""What a MODEL argument and a `--calibration-data` argument mean: where models meet the export.
+
+A module of the command line: it may import both `models` and `export`, which do not know each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from offramp.bundle import DimensionSpec, InputSpec
+from offramp.commands.dataset import ROTTEN_TOMATOES, arrays_from_npz
+from offramp.errors import DataError, OptionError
+from offramp.export.chain import Arrays
+from offramp.export.source import ModelSource, TextSource, source_from_factory, source_from_model, source_from_onnx
+from offramp.models.data import load_rotten_tomatoes, load_texts
+
+CALIBRATION_TEXTS = "calibration.jsonl"  # beside a checkpoint: some of the texts that it was trained on
+_BATCH = 16
+_MAX_BATCHES = 16
+
+
+def source_from_argument(
+    model: str,
+    exits: Sequence[str],
+    opset: int,
+    calibration_data: str,
+    dimensions: Mapping[str, DimensionSpec],
+) -> ModelSource:
+    """The model that `model` names: a checkpoint directory, an .onnx file, or package.module:factory.
+
+    Raises OptionError when it is none of these, and what reading and capturing it raises.
+    """
+    path = Path(model)
+    if path.suffix == ".onnx":
+        return _from_onnx(path, exits, calibration_data, dimensions)
+    if path.is_dir():
+        return _from_checkpoint(path, exits, opset, calibration_data)
+    if ":" in model:
+        source = source_from_factory(model, opset, exits)
+        if not calibration_data:
+            return source
+        return replace(source, calibration=batches_from_npz(Path(calibration_data), source.inputs))
+    raise OptionError(
+        f"model {model!r}: expected a checkpoint directory of `offramp train`, an .onnx file, or package.module:factory"
+    )
+
+
+def batches_from_npz(path: Path, inputs: Sequence[InputSpec]) -> tuple[Arrays, ...]:
+    """The arrays of an .npz file, one per model input, in batches. Raises DataError."""
+    arrays = arrays_from_npz(path)
+    if missing := [spec.name for spec in inputs if spec.name not in arrays]:
+        raise DataError(f"{path} holds {', '.join(arrays)}; missing {', '.join(missing)}")
+    for spec in inputs:
+        got = arrays[spec.name]
+        if got.dtype.name != spec.dtype or got.ndim != len(spec.shape):
+            raise DataError(f"{path}: {spec.name} is {got.dtype} {got.shape}, expected {spec.dtype} {spec.shape}")
+    rows = {len(arrays[spec.name]) for spec in inputs}
+    if len(rows) != 1 or rows == {0}:
+        raise DataError(f"{path}: its arrays have {sorted(rows)} rows, expected the same number everywhere, at least 1")
+    starts = range(0, min(rows.pop(), _BATCH * _MAX_BATCHES), _BATCH)
+    return tuple({spec.name: arrays[spec.name][start : start + _BATCH] for spec in inputs} for start in starts)
+
+
+def _from_onnx(
+    path: Path, exits: Sequence[str], calibration_data: str, dimensions: Mapping[str, DimensionSpec]
+) -> ModelSource:
+    source = source_from_onnx(path, exits, dimensions, {})
+    if not calibration_data:
+        return source
+    batches = batches_from_npz(Path(calibration_data), source.inputs)
+    return replace(source_from_onnx(path, exits, dimensions, batches[0]), calibration=batches)
+
+
+def _from_checkpoint(path: Path, exits: Sequence[str], opset: int, calibration_data: str) -> ModelSource:
+    import torch
+
+    from offramp.export.capture import Example
+    from offramp.models.checkpoint import load_checkpoint
+    from offramp.models.data import load_tokenizer, padded, token_ids
+
+    checkpoint = load_checkpoint(path)
+    texts = _calibration_texts(path, calibration_data)
+    tokenizer = load_tokenizer(checkpoint.tokenizer_path, checkpoint.max_length)
+    rows = token_ids(tokenizer, texts[: _BATCH * _MAX_BATCHES])
+    batches: list[Arrays] = []
+    for start in range(0, len(rows), _BATCH):
+        ids, mask = padded(rows[start : start + _BATCH])
+        batches.append({"input_ids": ids, "attention_mask": mask})
+    axes = {1: "sequence"}
+    example = Example(
+        inputs={name: torch.from_numpy(array) for name, array in batches[0].items()},
+        dynamic={"input_ids": axes, "attention_mask": axes},
+        ranges={"sequence": (1, checkpoint.max_length)},
+    )
+    source = source_from_model(path.name, checkpoint.model, example, opset, exits)
+    return replace(
+        source,
+        calibration=tuple(batches),
+        labels=checkpoint.label_names,
+        text=TextSource(checkpoint.tokenizer_path.read_bytes(), checkpoint.max_length),
+    )
+
+
+def _calibration_texts(path: Path, calibration_data: str) -> list[str]:
+    """The texts to calibrate on: those asked for, else those that training left beside the checkpoint."""
+    if calibration_data == ROTTEN_TOMATOES:
+        return [example.text for example in load_rotten_tomatoes().train]
+    chosen = Path(calibration_data) if calibration_data else path / CALIBRATION_TEXTS
+    if not chosen.is_file():
+        raise DataError(
+            f"{chosen} is not there; FP16 is calibrated on real texts: pass `--calibration-data` with a .csv or .jsonl "
+            f"file of texts, or {ROTTEN_TOMATOES}"
+        )
+    texts = [example.text for example in load_texts(chosen).examples]
+    if len(texts) < 2:
+        raise DataError(f"{chosen} has {len(texts)} texts, expected at least 2")
+    return texts

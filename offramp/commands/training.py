@@ -1,0 +1,81 @@
+"""What `offramp train` does: from its options to a checkpoint that export can read."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from offramp.commands.dataset import ROTTEN_TOMATOES
+from offramp.commands.sources import CALIBRATION_TEXTS
+from offramp.errors import OptionError
+from offramp.models.checkpoint import Checkpoint, checkpoint_from_encoder
+from offramp.models.data import TextSplits, default_encoder_path, load_rotten_tomatoes, load_texts, split_texts
+from offramp.models.encoder import EncoderConfig, Pooling
+from offramp.models.train import TrainOptions, TrainReport, resume_training, train_classifier
+from offramp.storage import write_file
+
+_HOLDOUT = 0.1  # share of a user's file for validation, and again for test
+_CALIBRATION_TEXTS = 256
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """The options of `offramp train`, as given on the command line."""
+
+    data: str
+    encoder: str
+    exits: str
+    pooling: Pooling
+    epochs: int
+    batch_size: int
+    encoder_lr: float
+    head_lr: float
+    early_weight: float
+    max_length: int
+    seed: int
+
+
+def train_checkpoint(output: Path, request: TrainRequest, resume: bool, progress: bool) -> TrainReport:
+    """Train as `request` says and leave a checkpoint in `output`, with some training texts to calibrate on.
+
+    Raises OptionError, DataError, ModelError or StorageError.
+    """
+    splits = load_splits(request.data, request.seed)
+    if resume:
+        report = resume_training(output, splits, progress)
+    else:
+        options = TrainOptions(
+            epochs=request.epochs,
+            batch_size=request.batch_size,
+            encoder_lr=request.encoder_lr,
+            head_lr=request.head_lr,
+            early_weight=request.early_weight,
+            seed=request.seed,
+        )
+        report = train_classifier(_fresh_checkpoint(request, splits), splits, options, output, progress)
+    lines = [
+        json.dumps({"text": example.text, "label": splits.label_names[example.label]})
+        for example in splits.train[:_CALIBRATION_TEXTS]
+    ]
+    write_file(output / CALIBRATION_TEXTS, ("\n".join(lines) + "\n").encode())
+    return report
+
+
+def load_splits(data: str, seed: int) -> TextSplits:
+    """The texts that `data` names, shared out. Rotten Tomatoes is always shared out the same way."""
+    if data == ROTTEN_TOMATOES:
+        return load_rotten_tomatoes()
+    texts = load_texts(Path(data))
+    held_out = max(1, round(_HOLDOUT * len(texts.examples)))
+    return split_texts(texts, held_out, held_out, seed)
+
+
+def _fresh_checkpoint(request: TrainRequest, splits: TextSplits) -> Checkpoint:
+    try:
+        exits = tuple(int(layer) for layer in request.exits.split(","))
+    except ValueError:
+        raise OptionError(f"--exits: got {request.exits!r}, expected layer numbers such as 2,4,6") from None
+    config = EncoderConfig(exits, len(splits.label_names), request.pooling)
+    encoder = Path(request.encoder) if request.encoder else default_encoder_path()
+    return checkpoint_from_encoder(encoder, config, splits.label_names, request.max_length, request.seed)

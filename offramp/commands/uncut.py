@@ -1,0 +1,37 @@
+"""The uncut model: the whole graph with its final exit only. What early exits have to beat."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+from onnx import ModelProto
+
+from offramp.bundle import Manifest, file_record
+from offramp.errors import BundleError
+from offramp.export.export_bundle import reference_path
+from offramp.export.graph import GraphView
+
+
+def load_reference(bundle: Path, manifest: Manifest) -> ModelProto:
+    """The whole graph beside the bundle, all exits as outputs. Raises BundleError when it is not this bundle's."""
+    path = reference_path(bundle) / "whole.onnx"
+    try:
+        content = path.read_bytes()
+    except OSError as exc:
+        raise BundleError(f"reading {path}: {exc}; export the bundle again to have it") from exc
+    if file_record(path.name, content).sha256 != manifest.reference_sha256:
+        raise BundleError(f"{path} belongs to another export than {bundle}; export the bundle again")
+    return onnx.load_model_from_string(content)
+
+
+def uncut_model(whole: ModelProto, final: str) -> ModelProto:
+    """`whole` without the exits before `final` and whatever only they need."""
+    view = GraphView(whole)
+    nodes = view.upstream([final], view.reads)
+    model = ModelProto()
+    model.CopyFrom(whole)
+    del model.graph.node[:], model.graph.output[:]
+    model.graph.node.extend(view.nodes[index] for index in sorted(nodes))
+    model.graph.output.extend(value for value in whole.graph.output if value.name == final)
+    return model
