@@ -1,0 +1,127 @@
+"""The main job, end to end, on real data: train, export, build, calibrate, measure.
+
+Each step is what the command of the same name does. Prints a table and writes demo/result.json; leaves the bundle
+in demo/bundle for `offramp run demo/bundle`. Finished training is kept: remove demo/checkpoint to train again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from offramp.bundle import load_manifest
+from offramp.commands.benchmark import Measured, compare, runner_answer, uncut_answer
+from offramp.commands.dataset import ROTTEN_TOMATOES, load_dataset
+from offramp.runtime import Runner
+from offramp.tuning.replay import accuracy, exit_shares, mean_depth, replay
+
+HERE = Path(__file__).parent
+BUNDLE, STATIC = HERE / "bundle", HERE / "static-bundle"
+MAX_DROP = 0.005  # accuracy on validation that the policy may cost, as a fraction
+NUM_REQUESTS = 500
+
+
+def main() -> None:
+    started = time.monotonic()
+    train("checkpoint", "2,4,6")
+    train("static-checkpoint", "2")  # what one would deploy instead: two layers, trained on their own, no exits
+    offramp("export", HERE / "checkpoint", "-o", BUNDLE)
+    offramp("export", HERE / "static-checkpoint", "-o", STATIC, "--precision", "fp32")
+    built = json.loads(offramp("build-engine", BUNDLE, "--json", capture=True))
+    offramp("calibrate", BUNDLE, "--max-drop", str(MAX_DROP))
+    result = measure()
+    result["plans"] = [
+        {
+            "segment": plan["segment"],
+            "backend": built["backend"],
+            "precision": built["precision"],
+            "bytes": plan["bytes"],
+            "seconds": plan["seconds"],
+        }
+        for plan in built["segments"]
+    ]
+    result["seconds"] = time.monotonic() - started
+    (HERE / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    show(result)
+
+
+def train(name: str, exits: str) -> None:
+    """Train unless a finished checkpoint is there; go on where an interrupted run stopped."""
+    path = HERE / name
+    if (path / "calibration.jsonl").is_file():
+        print(f"{path} is there: not training again", file=sys.stderr)
+        return
+    resume = ["--resume"] if (path / "training.pt").is_file() else []
+    offramp("train", "-o", path, "--exits", exits, *resume)
+
+
+def offramp(*arguments: object, capture: bool = False) -> str:
+    """Run one command of offramp in a process of its own; its stdout when captured."""
+    command = [sys.executable, "-m", "offramp", *map(str, arguments)]
+    print("$ offramp", *[os.path.relpath(a) if isinstance(a, Path) else a for a in arguments], file=sys.stderr)
+    done = subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE if capture else None)
+    return done.stdout or ""
+
+
+def measure() -> dict[str, Any]:
+    """Accuracy and latency of the uncut model, the bundle and the static model on the test sentences."""
+    with Runner.open(BUNDLE) as runner:
+        test = load_dataset(runner, ROTTEN_TOMATOES, "test")
+        trace = runner.record(test.batches, test.labels, runner.policy.temperatures, progress=True)
+        decided = replay(runner.policy, trace)
+        alternatives = {
+            "uncut": uncut_answer(BUNDLE, runner.manifest, threads=0),
+            "offramp": runner_answer(runner),
+            "static": uncut_answer(STATIC, load_manifest(STATIC), threads=0),
+        }
+        measured = compare(alternatives, test.rows(), test.labels, NUM_REQUESTS)
+    shares = exit_shares(decided.exit_index, trace.num_exits)
+    exits = [
+        {"accuracy": accuracy(trace.predictions[:, k], trace.labels), "share": float(share)}
+        for k, share in enumerate(shares)
+    ]
+    speedups = {f"{name}_speedup": measured["uncut"].p50_ms / measured[name].p50_ms for name in ("offramp", "static")}
+    means = {f"{name}_mean_speedup": measured["uncut"].mean_ms / measured[name].mean_ms for name in ("offramp", "static")}
+    return {
+        **{name: asdict(found) for name, found in measured.items()},
+        "offramp": {**asdict(measured["offramp"]), "mean_depth": mean_depth(decided.exit_index)},
+        "exits": exits,
+        "agreement_with_uncut": float(np.mean(decided.prediction == trace.predictions[:, -1])),
+        **speedups,
+        **means,
+    }
+
+
+def show(result: Mapping[str, Any]) -> None:
+    """The two tables of the demo."""
+    exits = Table("exit", "accuracy", "rows that leave", title="Rotten Tomatoes, 1,000 test sentences")
+    for k, found in enumerate(result["exits"]):
+        exits.add_row(f"{k} (after {2 * k + 2} layers)", f"{found['accuracy']:.3f}", f"{found['share']:.1%}")
+    models = Table("model", "accuracy", "p50 ms", "p95 ms", "mean ms", "speedup p50", "speedup mean")
+    for name in ("uncut", "offramp", "static"):
+        found = Measured(**{key: result[name][key] for key in ("mean_ms", "p50_ms", "p95_ms", "accuracy")})
+        speedup = result["uncut"]["p50_ms"] / found.p50_ms, result["uncut"]["mean_ms"] / found.mean_ms
+        times = (f"{value:.2f}" for value in (found.p50_ms, found.p95_ms, found.mean_ms))
+        models.add_row(name, f"{found.accuracy:.3f}", *times, *(f"{value:.2f}x" for value in speedup))
+    console = Console(width=100)
+    console.print(exits)
+    console.print(models)
+    console.print(f"mean depth {result['offramp']['mean_depth']:.2f} of {len(result['exits'])} segments")
+    for plan in result["plans"]:
+        console.print(f"segment {plan['segment']}: {plan['backend']} {plan['precision']} {plan['bytes'] / 1e6:.1f} MB")
+    console.print(f"{result['seconds']:.0f} s; try: echo 'a moving, funny film' | .venv/bin/offramp run demo/bundle")
+
+
+if __name__ == "__main__":
+    main()

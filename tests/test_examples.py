@@ -1,0 +1,64 @@
+"""The examples run as they are, in processes of their own; the third serves what the first exported."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import threading
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run_example(name: str, *arguments: object) -> str:
+    command = [sys.executable, "-W", "error::UserWarning", str(EXAMPLES / name), *map(str, arguments)]
+    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    output = tmp_path_factory.mktemp("example")
+    return output / "bundle", run_example("01_train_and_export.py", output)
+
+
+def test_train_and_export(exported: tuple[Path, str]) -> None:
+    _, printed = exported
+    assert "chain equals whole graph bit for bit: True" in printed
+    assert printed.count("at exit") == 2
+
+
+def test_bring_your_own_model(tmp_path: Path) -> None:
+    printed = run_example("02_bring_your_own_model.py", tmp_path / "bundle")
+    accuracy = float(printed.split("accuracy:")[1].split()[0])
+    assert accuracy > 0.9
+
+
+def test_embed_in_a_service(exported: tuple[Path, str]) -> None:
+    spec = importlib.util.spec_from_file_location("service", EXAMPLES / "03_embed_in_a_service.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    server = module.server_for(module.Service(exported[0]), 0)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    try:
+        url = f"http://127.0.0.1:{server.server_address[1]}/"
+        with urllib.request.urlopen(url, data="a lovely little film".encode()) as response:
+            answer = json.load(response)
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+    assert answer["label"] in ("negative", "positive")
+    assert answer["exit_index"] in (0, 1)
+
+
+@pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
+def test_examples_are_short(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= 60
