@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -69,9 +70,9 @@ def main() -> None:
 @click.option("--encoder", default="", help="Directory of a pretrained BertModel.  [default: MiniLM-L6]")
 @click.option("--exits", default="2,4,6", show_default=True, help="Exits after these layers; the last one is final.")
 @click.option("--pooling", type=click.Choice(["mean", "cls"]), default="mean", show_default=True)
-@click.option("--epochs", default=3, show_default=True)
+@click.option("--epochs", default=2, show_default=True)
 @click.option("--batch-size", default=32, show_default=True)
-@click.option("--encoder-lr", default=5e-5, show_default=True)
+@click.option("--encoder-lr", default=1e-4, show_default=True)
 @click.option("--head-lr", default=1e-3, show_default=True)
 @click.option("--early-weight", default=0.3, show_default=True, help="Loss weight of early exits; the final one has 1.")
 @click.option("--max-length", default=128, show_default=True, help="Longer texts are cut to this many tokens.")
@@ -80,6 +81,8 @@ def main() -> None:
 @JSON
 def train(output: Path, resume: bool, as_json: bool, **options: Any) -> None:
     """Train an encoder classifier with exits, all exits together (joint weighted loss)."""
+    # Read when torch is imported: spinning threads cost 3 to 6 times the time beside any other work (docs/log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from offramp.commands.training import TrainRequest, train_checkpoint
 
     report = train_checkpoint(output, TrainRequest(**options), resume, progress=not as_json)

@@ -1,0 +1,191 @@
+"""The command line on a small model of the user's own: every command once for real, and every kind of mistake."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+from offramp.cli import main
+from tests.export import graphs
+
+FACTORY = "tests.export.models:shared_weights"
+ROOT = Path(__file__).parent.parent
+
+
+def offramp(*arguments: object, stdin: str = "") -> Result:
+    return CliRunner().invoke(main, [str(argument) for argument in arguments], input=stdin)
+
+
+def answer_of(*arguments: object) -> Any:
+    result = offramp(*arguments)
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle exported by the command itself, in a process of its own."""
+    bundle = tmp_path_factory.mktemp("cli") / "bundle"
+    command = [sys.executable, "-m", "offramp", "export", FACTORY, "-o", str(bundle), "--json"]
+    done = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+    assert json.loads(done.stdout)["parity"]["chain_bit_equal"] is True
+    return bundle
+
+
+@pytest.fixture
+def bundle(exported: Path, tmp_path: Path) -> Path:
+    shutil.copytree(exported.with_name("bundle.reference"), tmp_path / "bundle.reference")
+    return Path(shutil.copytree(exported, tmp_path / "bundle"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    random = np.random.default_rng(0)
+    path = tmp_path / "data.npz"
+    labels = random.integers(0, 2, 40)
+    np.savez(path, allow_pickle=False, features=random.standard_normal((40, 6)).astype(np.float32), labels=labels)
+    return path
+
+
+def test_build_inspect_and_verify(bundle: Path) -> None:
+    dry = answer_of("build-engine", bundle, "--dry-run", "--json")
+    assert [found["action"] for found in dry["segments"]] == ["build"] * 3
+    assert not list(bundle.rglob("*.plan"))
+    for precision in ("fp16", "fp32"):
+        built = answer_of("build-engine", bundle, "--precision", precision, "--json")
+        assert built["backend"] == "tensorrt-rtx"
+        assert all(found["bytes"] > 0 for found in built["segments"])
+    again = answer_of("build-engine", bundle, "--json")
+    assert [found["action"] for found in again["segments"]] == ["reuse"] * 3
+    for segment in answer_of("inspect", bundle, "--json")["segments"]:
+        assert {plan["precision"] for plan in segment["plans"]} == {"fp16", "fp32"}
+        assert all(plan["header"]["version"] == plan["version"] for plan in segment["plans"])
+    assert "header says tensorrt-rtx" in offramp("inspect", bundle).output
+    assert answer_of("verify", bundle, "--json")["chain_bit_equal"] is True
+
+
+def test_calibrate_run_and_bench(bundle: Path, data: Path, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.npz"
+    document = answer_of("calibrate", bundle, "--data", data, "--trace", trace, "--max-drop", "0.1", "--json")
+    assert len(document["policy"]["temperatures"]) == 3
+    assert trace.is_file()
+    lines = [json.loads(line) for line in offramp("run", bundle, data).stdout.splitlines()]
+    assert len(lines) == 40
+    assert lines[0].keys() == {"prediction", "exit_index", "score", "reason"}
+    closed = [json.loads(line) for line in offramp("run", bundle, data, "--full-depth").stdout.splitlines()]
+    assert {line["exit_index"] for line in closed} == {2}
+    measured = answer_of("bench", bundle, "--data", data, "--requests", "3", "--json")
+    assert measured.keys() == {"uncut", "full depth", "offramp"}
+    assert all(found["p50_ms"] > 0 for found in measured.values())
+    assert measured["uncut"]["accuracy"] == measured["full depth"]["accuracy"]
+
+
+def test_without_labels_agreement_with_full_depth_is_bounded(bundle: Path, tmp_path: Path) -> None:
+    path = tmp_path / "unlabelled.npz"
+    np.savez(path, allow_pickle=False, features=np.random.default_rng(1).standard_normal((30, 6)).astype(np.float32))
+    refused = offramp("calibrate", bundle, "--data", path)
+    assert refused.exit_code == 2
+    assert "label" in refused.output
+    assert answer_of("calibrate", bundle, "--data", path, "--consistency", "--json")["drop"] <= 0.01
+
+
+def test_export_an_onnx_file_with_exits_and_calibration_data(tmp_path: Path) -> None:
+    model, values = tmp_path / "odd.onnx", tmp_path / "values.npz"
+    model.write_bytes(graphs.odd_names().SerializeToString())
+    np.savez(
+        values, allow_pickle=False, **{"x:0": np.random.default_rng(0).standard_normal((20, 4)).astype(np.float32)}
+    )
+    options = ("--exits", "exit one,Exit/2", "--calibration-data", values, "--precision", "fp32", "--json")
+    described = answer_of("export", model, "-o", tmp_path / "bundle", *options)
+    assert [spec["name"] for spec in described["exits"]] == ["exit one", "Exit/2"]
+    assert described["parity"]["rows"] == 20
+
+
+MISTAKES = {
+    "no such model": (("export", "nothing", "-o", "{tmp}/b"), 2, "expected a checkpoint directory"),
+    "no such factory": (("export", "tests.nothing:at_all", "-o", "{tmp}/b"), 2, "package.module:factory"),
+    "onnx without exits": (("export", "{tmp}/odd.onnx", "-o", "{tmp}/b"), 2, "pass `--exits"),
+    "unknown exit": (("export", "{tmp}/odd.onnx", "--exits", "z", "-o", "{tmp}/b"), 1, "unknown exit z"),
+    "bad dimension": (("export", "x.onnx", "--dimension", "a=2:1", "-o", "{tmp}/b"), 2, "NAME=MIN:MAX"),
+    "output is something else": (("export", FACTORY, "-o", "{tmp}"), 1, "is not a bundle"),
+    "negative tolerance": (("export", FACTORY, "--atol", "-1", "-o", "{tmp}/b"), 2, "expected positive"),
+    "not a bundle": (("run", "{tmp}"), 1, "is not a bundle"),
+    "no GPU": (("build-engine", "{bundle}", "--backend", "tensorrt"), 1, "tensorrt-rtx"),
+    "bad shapes": (("build-engine", "{bundle}", "--opt-shapes", "nothing:1x2"), 2, "nothing"),
+    "data of no kind": (("calibrate", "{bundle}", "--data", "data.npz"), 2, "data.npz"),
+    "no tokenizer": (("run", "{bundle}"), 1, "no tokenizer"),
+    "unknown backend": (("run", "{bundle}", "--backend", "abacus"), 2, "abacus"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_mistakes_end_as_one_message_and_change_nothing(bundle: Path, tmp_path: Path, name: str) -> None:
+    arguments, code, message = MISTAKES[name]
+    (tmp_path / "odd.onnx").write_bytes(graphs.odd_names().SerializeToString())
+    before = sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*"))
+    result = offramp(*(argument.format(tmp=tmp_path, bundle=bundle) for argument in arguments), stdin="text\n")
+    assert result.exit_code == code, result.output
+    assert message in result.output
+    assert "Traceback" not in result.output
+    assert sorted((path, path.stat().st_mtime_ns) for path in tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("harm", ["missing", "truncated", "altered"])
+def test_a_damaged_file_is_named_and_never_parsed(bundle: Path, data: Path, harm: str) -> None:
+    path = bundle / "segments" / "01" / "model.onnx"
+    content = path.read_bytes()
+    if harm == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(content[:-1] if harm == "truncated" else content[:-1] + b"\0")
+    for command in (("run", bundle, data), ("verify", bundle), ("inspect", bundle)):
+        result = offramp(*command)
+        assert result.exit_code == 1
+        assert str(path) in result.output
+
+
+def test_a_newer_schema_is_refused(bundle: Path, data: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_bytes())
+    (bundle / "manifest.json").write_text(json.dumps({**manifest, "schema": 99}))
+    result = offramp("run", bundle, data)
+    assert result.exit_code == 1
+    assert "pip install -U offramp" in result.output
+
+
+def test_a_reader_that_goes_away_is_no_crash(bundle: Path, data: Path) -> None:
+    command = f"{sys.executable} -m offramp run {bundle} {data} | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, cwd=ROOT)
+    assert len(done.stdout.splitlines()) == 1
+    assert "Traceback" not in done.stderr
+
+
+def test_every_command_teaches_itself() -> None:
+    for name, command in main.commands.items():
+        shown = offramp(name, "--help")
+        assert shown.exit_code == 0
+        assert len(shown.output.splitlines()) > 6
+        assert command.help
+
+
+def test_doctor_names_what_is_missing_and_the_cure() -> None:
+    findings = {found["subject"]: found for found in answer_of("doctor", "--json")}
+    assert findings["run on onnxruntime"]["works"]
+    assert findings["build tensorrt-rtx"]["works"]
+    assert findings["build tensorrt"]["works"] or "offramp[tensorrt]" in findings["build tensorrt"]["detail"]
+
+
+def test_defaults_of_train_are_those_of_the_recipe() -> None:
+    from offramp.models.train import TrainOptions
+
+    recipe = TrainOptions()
+    defaults = {option.name: option.default for option in main.commands["train"].params}
+    for name in ("epochs", "batch_size", "encoder_lr", "head_lr", "early_weight", "seed"):
+        assert defaults[name] == getattr(recipe, name)
