@@ -63,7 +63,7 @@ def train(name: str, exits: str) -> None:
         print(f"{path} is there: not training again", file=sys.stderr)
         return
     resume = ["--resume"] if (path / "training.pt").is_file() else []
-    offramp("train", "-o", path, "--exits", exits, *resume)
+    offramp("train", "-o", path, "--exits", exits, "--extra-data", "imdb-endings", *resume)
 
 
 def offramp(*arguments: object, capture: bool = False) -> str:
@@ -92,7 +92,9 @@ def measure() -> dict[str, Any]:
         for k, share in enumerate(shares)
     ]
     speedups = {f"{name}_speedup": measured["uncut"].p50_ms / measured[name].p50_ms for name in ("offramp", "static")}
-    means = {f"{name}_mean_speedup": measured["uncut"].mean_ms / measured[name].mean_ms for name in ("offramp", "static")}
+    means = {
+        f"{name}_mean_speedup": measured["uncut"].mean_ms / measured[name].mean_ms for name in ("offramp", "static")
+    }
     return {
         **{name: asdict(found) for name, found in measured.items()},
         "offramp": {**asdict(measured["offramp"]), "mean_depth": mean_depth(decided.exit_index)},

@@ -4,30 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import subprocess
-import sys
 import threading
 import urllib.request
 from pathlib import Path
 
 import pytest
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+from tests.conftest import EXAMPLES, TextBundle, run_example
 
 
-def run_example(name: str, *arguments: object) -> str:
-    command = [sys.executable, "-W", "error::UserWarning", str(EXAMPLES / name), *map(str, arguments)]
-    return subprocess.run(command, check=True, text=True, stdout=subprocess.PIPE).stdout
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    output = tmp_path_factory.mktemp("example")
-    return output / "bundle", run_example("01_train_and_export.py", output)
-
-
-def test_train_and_export(exported: tuple[Path, str]) -> None:
-    _, printed = exported
+def test_train_and_export(text_bundle: TextBundle) -> None:
+    printed = text_bundle.printed
     assert "chain equals whole graph bit for bit: True" in printed
     assert printed.count("at exit") == 2
 
@@ -38,18 +25,18 @@ def test_bring_your_own_model(tmp_path: Path) -> None:
     assert accuracy > 0.9
 
 
-def test_embed_in_a_service(exported: tuple[Path, str]) -> None:
+def test_embed_in_a_service(text_bundle: TextBundle) -> None:
     spec = importlib.util.spec_from_file_location("service", EXAMPLES / "03_embed_in_a_service.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    server = module.server_for(module.Service(exported[0]), 0)
+    server = module.server_for(module.Service(text_bundle.path), 0)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     try:
         url = f"http://127.0.0.1:{server.server_address[1]}/"
-        with urllib.request.urlopen(url, data="a lovely little film".encode()) as response:
+        with urllib.request.urlopen(url, data=b"a lovely little film") as response:
             answer = json.load(response)
     finally:
         server.shutdown()

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from offramp.commands.dataset import ROTTEN_TOMATOES
 from offramp.commands.sources import CALIBRATION_TEXTS
-from offramp.errors import OptionError
+from offramp.errors import DataError, OptionError
 from offramp.models.checkpoint import Checkpoint, checkpoint_from_encoder
-from offramp.models.data import TextSplits, default_encoder_path, load_rotten_tomatoes, load_texts, split_texts
+from offramp.models.data import (
+    TextSplits,
+    default_encoder_path,
+    imdb_endings,
+    load_rotten_tomatoes,
+    load_texts,
+    split_texts,
+)
 from offramp.models.encoder import EncoderConfig, Pooling
 from offramp.models.train import TrainOptions, TrainReport, resume_training, train_classifier
 from offramp.storage import write_file
 
+IMDB_ENDINGS = "imdb-endings"
 _HOLDOUT = 0.1  # share of a user's file for validation, and again for test
 _CALIBRATION_TEXTS = 256
 
@@ -24,6 +32,7 @@ class TrainRequest:
     """The options of `offramp train`, as given on the command line."""
 
     data: str
+    extra_data: str
     encoder: str
     exits: str
     pooling: Pooling
@@ -41,7 +50,7 @@ def train_checkpoint(output: Path, request: TrainRequest, resume: bool, progress
 
     Raises OptionError, DataError, ModelError or StorageError.
     """
-    splits = load_splits(request.data, request.seed)
+    splits = load_splits(request)
     if resume:
         report = resume_training(output, splits, progress)
     else:
@@ -62,13 +71,23 @@ def train_checkpoint(output: Path, request: TrainRequest, resume: bool, progress
     return report
 
 
-def load_splits(data: str, seed: int) -> TextSplits:
-    """The texts that `data` names, shared out. Rotten Tomatoes is always shared out the same way."""
-    if data == ROTTEN_TOMATOES:
-        return load_rotten_tomatoes()
-    texts = load_texts(Path(data))
-    held_out = max(1, round(_HOLDOUT * len(texts.examples)))
-    return split_texts(texts, held_out, held_out, seed)
+def load_splits(request: TrainRequest) -> TextSplits:
+    """The texts to train on, shared out. Rotten Tomatoes is always shared out the same way."""
+    if request.data == ROTTEN_TOMATOES:
+        splits = load_rotten_tomatoes()
+    else:
+        texts = load_texts(Path(request.data))
+        held_out = max(1, round(_HOLDOUT * len(texts.examples)))
+        splits = split_texts(texts, held_out, held_out, request.seed)
+    if not request.extra_data:
+        return splits
+    extra = imdb_endings() if request.extra_data == IMDB_ENDINGS else load_texts(Path(request.extra_data))
+    if extra.label_names != splits.label_names:
+        raise DataError(
+            f"--extra-data {request.extra_data}: got labels {', '.join(extra.label_names)}, expected those of --data, "
+            f"{', '.join(splits.label_names)}"
+        )
+    return replace(splits, extra=extra.examples)
 
 
 def _fresh_checkpoint(request: TrainRequest, splits: TextSplits) -> Checkpoint:

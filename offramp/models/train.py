@@ -143,9 +143,10 @@ def resume_training(out: Path, splits: TextSplits, progress: bool = False) -> Tr
     checkpoint = load_checkpoint(out)
     check_labels(checkpoint, splits)
     try:
-        if state["num_train"] != len(splits.train):
+        num_train = len(splits.train) + len(splits.extra)
+        if state["num_train"] != num_train:
             raise DataError(
-                f"resuming {out}: got {len(splits.train)} texts to train on, before {state['num_train']}; "
+                f"resuming {out}: got {num_train} texts to train on, before {state['num_train']}; "
                 "give the same data and seed"
             )
         options = TrainOptions(**state["options"])
@@ -174,12 +175,13 @@ class Run:
 def run_epochs(run: Run, done: tuple[EpochReport, ...]) -> TrainReport:
     """Train the epochs that are not `done`, validating and saving after each."""
     train = tokenised(run.checkpoint, run.splits.train)
+    first = tokenised(run.checkpoint, (*run.splits.train, *run.splits.extra)) if not done else train
     validation = tokenised(run.checkpoint, run.splits.validation)
     epochs = list(done)
     with progress_bar(run.progress) as bar:
         for epoch in range(len(done), run.options.epochs):
             start = time.perf_counter()
-            loss, steps = train_epoch(run, train, epoch, bar)
+            loss, steps = train_epoch(run, train if epoch else first, epoch, bar)
             accuracy = accuracy_of(run.checkpoint.model, validation)
             epochs.append(EpochReport(loss, accuracy, time.perf_counter() - start, steps))
             if run.out is not None:
@@ -192,6 +194,7 @@ def train_epoch(run: Run, train: TokenisedTexts, epoch: int, bar: Progress) -> t
     """Take one step per batch; returns the mean loss and the number of steps."""
     model, options = run.checkpoint.model.train(), run.options
     num_steps = math.ceil(len(train.rows) / options.batch_size)
+    done, total = steps_before(run, epoch), steps_before(run, options.epochs)
     weights = exit_weights(len(model.config.exits), options.early_weight)
     bfloat16 = precision_of_cpu(options.precision) == "bfloat16"
     task = bar.add_task(f"epoch {epoch + 1}/{options.epochs}", total=num_steps, loss=math.nan)
@@ -200,7 +203,7 @@ def train_epoch(run: Run, train: TokenisedTexts, epoch: int, bar: Progress) -> t
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for step, batch in enumerate(batches(train.rows, train.labels, options.batch_size, seed)):
-            set_learning_rates(run.optimizer, options, epoch * num_steps + step, options.epochs * num_steps)
+            set_learning_rates(run.optimizer, options, done + step, total)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
                 logits = logits_of(model, batch)  # E tensors (N, C)
             loss = joint_loss(logits, torch.from_numpy(batch.labels), weights)
@@ -210,6 +213,13 @@ def train_epoch(run: Run, train: TokenisedTexts, epoch: int, bar: Progress) -> t
             losses.append(checked_loss(loss, epoch, step))
             advance(bar, task, losses[-1])
     return sum(losses) / len(losses), len(losses)
+
+
+def steps_before(run: Run, epoch: int) -> int:
+    """Return the number of steps that the epochs before `epoch` take; the first also has the extra texts."""
+    first = math.ceil((len(run.splits.train) + len(run.splits.extra)) / run.options.batch_size)
+    later = math.ceil(len(run.splits.train) / run.options.batch_size)
+    return min(epoch, 1) * first + max(epoch - 1, 0) * later
 
 
 def checked_loss(loss: Tensor, epoch: int, step: int) -> float:
@@ -289,7 +299,7 @@ def training_state(run: Run, epochs: Sequence[EpochReport]) -> dict[str, Any] | 
         "options": asdict(run.options),
         "optimizer": run.optimizer.state_dict(),
         "epochs": [asdict(epoch) for epoch in epochs],
-        "num_train": len(run.splits.train),
+        "num_train": len(run.splits.train) + len(run.splits.extra),
     }
 
 
