@@ -78,7 +78,7 @@ class EarlyExitEncoder(nn.Module):
         dtype = self.embeddings.word_embeddings.weight.dtype
         kept = attention_mask[:, None, :].to(dtype)  # (N, 1, T) in {0, 1}
         score_mask = (1.0 - kept)[:, None] * MASKED_SCORE  # (N, 1, 1, T) in {MASKED_SCORE, 0}
-        token_weights = mean_weights(kept) if self.config.pooling == "mean" else None  # (N, 1, T)
+        token_weights = mean_weights(kept) if self.config.pooling == "mean" else None  # (N, 2, T)
         hidden = embedded(self.embeddings, input_ids)  # (N, T, d)
         logits = []
         heads = iter(self.heads)
@@ -106,11 +106,13 @@ def exit_head(hidden_size: int, num_classes: int, dropout: float) -> nn.Module:
 
 
 def mean_weights(kept: Tensor) -> Tensor:
-    """Return the weight of every token in the mean of its row: kept (N, 1, T) in {0, 1} to (N, 1, T).
+    """Return the weight of every token in the mean of its row, twice: kept (N, 1, T) in {0, 1} to (N, 2, T).
 
-    A row without tokens gets zeros, not NaN. The sum is exact in any order: it counts ones.
+    A row without tokens gets zeros, not NaN. The sum is exact in any order: it counts ones. Twice, because ONNX
+    Runtime's kernel for products with a single row rounds by the padded length (docs/tolerances.md).
     """
-    return kept / kept.sum(dim=-1, keepdim=True).clamp(min=1.0)
+    weights = kept / kept.sum(dim=-1, keepdim=True).clamp(min=1.0)
+    return torch.cat([weights, weights], dim=1)
 
 
 def pooled(hidden: Tensor, token_weights: Tensor | None) -> Tensor:
@@ -121,7 +123,7 @@ def pooled(hidden: Tensor, token_weights: Tensor | None) -> Tensor:
     """
     if token_weights is None:
         return hidden[:, 0]
-    return torch.matmul(token_weights, hidden).squeeze(1)
+    return torch.matmul(token_weights, hidden)[:, 0]
 
 
 def set_dropout(module: nn.Module, dropout: float) -> None:

@@ -175,13 +175,14 @@ class Run:
 def run_epochs(run: Run, done: tuple[EpochReport, ...]) -> TrainReport:
     """Train the epochs that are not `done`, validating and saving after each."""
     train = tokenised(run.checkpoint, run.splits.train)
-    first = tokenised(run.checkpoint, (*run.splits.train, *run.splits.extra)) if not done else train
+    extra = tokenised(run.checkpoint, run.splits.extra)
     validation = tokenised(run.checkpoint, run.splits.validation)
     epochs = list(done)
     with progress_bar(run.progress) as bar:
-        for epoch in range(len(done), run.options.epochs):
+        for epoch in range(len(done), num_epochs(run)):
             start = time.perf_counter()
-            loss, steps = train_epoch(run, train if epoch else first, epoch, bar)
+            texts = extra if extra.rows and not epoch else train
+            loss, steps = train_epoch(run, texts, epoch, bar)
             accuracy = accuracy_of(run.checkpoint.model, validation)
             epochs.append(EpochReport(loss, accuracy, time.perf_counter() - start, steps))
             if run.out is not None:
@@ -194,10 +195,13 @@ def train_epoch(run: Run, train: TokenisedTexts, epoch: int, bar: Progress) -> t
     """Take one step per batch; returns the mean loss and the number of steps."""
     model, options = run.checkpoint.model.train(), run.options
     num_steps = math.ceil(len(train.rows) / options.batch_size)
-    done, total = steps_before(run, epoch), steps_before(run, options.epochs)
+    first = int(bool(run.splits.extra))  # the first epoch of the texts themselves
+    done, total = (epoch - first) * num_steps, options.epochs * num_steps
+    if epoch < first:  # the extra texts have a schedule of their own
+        done, total = 0, num_steps
     weights = exit_weights(len(model.config.exits), options.early_weight)
     bfloat16 = precision_of_cpu(options.precision) == "bfloat16"
-    task = bar.add_task(f"epoch {epoch + 1}/{options.epochs}", total=num_steps, loss=math.nan)
+    task = bar.add_task(f"epoch {epoch + 1}/{num_epochs(run)}", total=num_steps, loss=math.nan)
     seed = epoch_seed(options.seed, epoch)
     losses = []
     with torch.random.fork_rng(devices=[]):
@@ -215,11 +219,9 @@ def train_epoch(run: Run, train: TokenisedTexts, epoch: int, bar: Progress) -> t
     return sum(losses) / len(losses), len(losses)
 
 
-def steps_before(run: Run, epoch: int) -> int:
-    """Return the number of steps that the epochs before `epoch` take; the first also has the extra texts."""
-    first = math.ceil((len(run.splits.train) + len(run.splits.extra)) / run.options.batch_size)
-    later = math.ceil(len(run.splits.train) / run.options.batch_size)
-    return min(epoch, 1) * first + max(epoch - 1, 0) * later
+def num_epochs(run: Run) -> int:
+    """Return the number of epochs, with the one over the extra texts that comes first where there are any."""
+    return run.options.epochs + bool(run.splits.extra)
 
 
 def checked_loss(loss: Tensor, epoch: int, step: int) -> float:
@@ -293,7 +295,7 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 def training_state(run: Run, epochs: Sequence[EpochReport]) -> dict[str, Any] | None:
     """Return what resuming needs, or None after the last epoch."""
-    if len(epochs) == run.options.epochs:
+    if len(epochs) == num_epochs(run):
         return None
     return {
         "options": asdict(run.options),
