@@ -6,11 +6,14 @@ A model is any `nn.Module` whose forward returns the logits of its exits in orde
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import onnx_ir.passes.common
@@ -19,11 +22,22 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from torch import Tensor, nn
 
-from offramp.bundle import ROWS, DimensionSpec
+from offramp.bundle import PREVIOUS_ROWS, ROWS, DimensionSpec
 from offramp.errors import CaptureError, OptionError
+from offramp.export.chain import open_session
+from offramp.export.sizes import nominal_size, probing_sizes, resize_inputs
+from offramp.export.source import MASK_NAME, MAX_ROWS, input_specs
 
 DEFAULT_OPSET = 20  # from 23 on, torch writes Attention: ONNX Runtime's CPU provider refuses its masks
-MAX_ROWS = 32  # default upper end of the row axis; larger batches run in chunks
+_COMPARED_SIZES = 3  # sizes at which model and graph are compared
+_RTOL, _ATOL = 1e-2, 1e-2  # wide enough for FP16 weights; what tracing fixed is wrong altogether
+_MAX_MESSAGE = 600
+_DTYPES = frozenset(
+    {
+        *(torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64),
+        *(torch.float16, torch.float32, torch.float64),
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -43,24 +57,54 @@ class Example:
     masks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        unknown = [name for name in self.dynamic if name not in self.inputs]
-        if not self.inputs or unknown:
-            raise OptionError(
-                f"example: dynamic names {', '.join(unknown) or 'nothing'}, inputs are "
-                f"{', '.join(self.inputs) or '(none)'}"
-            )
+        if not self.inputs or not all(isinstance(tensor, Tensor) for tensor in self.inputs.values()):
+            kinds = {name: type(tensor).__name__ for name, tensor in self.inputs.items()}
+            raise OptionError(f"example: got inputs {kinds or '(none)'}; expected torch tensors by argument name")
+        for name, tensor in self.inputs.items():
+            if tensor.dtype not in _DTYPES:
+                raise OptionError(f"example: input {name!r} is {tensor.dtype}, which ONNX Runtime or numpy cannot take")
         counts = {name: tensor.shape[0] if tensor.ndim else 0 for name, tensor in self.inputs.items()}
         if len(set(counts.values())) != 1 or min(counts.values()) < 2:
             raise OptionError(
                 f"example: got {counts} rows; expected the same number everywhere, at least 2 (torch.export takes "
                 f"a single row for a constant)"
             )
-        symbols = {symbol for axes in self.dynamic.values() for symbol in axes.values()}
-        if missing := sorted(symbols - self.ranges.keys()):
-            raise OptionError(f"example: dimension {', '.join(missing)} has no range; add it to `ranges`")
+        if unknown := sorted({*self.dynamic, *self.masks} - self.inputs.keys()):
+            raise OptionError(
+                f"example: dynamic or masks name {', '.join(unknown)}; inputs are {', '.join(self.inputs)}"
+            )
+        self._check_dimensions()
+
+    def _check_dimensions(self) -> None:
+        lengths: dict[str, int] = {}
+        for name, axes in self.dynamic.items():
+            for axis, symbol in axes.items():
+                if not 0 < axis < self.inputs[name].ndim or symbol in (ROWS, PREVIOUS_ROWS):
+                    raise OptionError(
+                        f"example: dynamic axis {axis} of {name!r} is called {symbol!r}; expected an axis from 1 to "
+                        f"{self.inputs[name].ndim - 1} (axis 0 holds the rows and is always dynamic) and another name "
+                        f"than {ROWS!r} or {PREVIOUS_ROWS!r}"
+                    )
+                length = self.inputs[name].shape[axis]
+                if lengths.setdefault(symbol, length) != length:
+                    raise OptionError(f"example: dimension {symbol!r} is {lengths[symbol]} and, in {name!r}, {length}")
+        if lengths.keys() != self.ranges.keys():
+            raise OptionError(
+                f"example: `dynamic` names dimensions {', '.join(sorted(lengths)) or '(none)'}, `ranges` has "
+                f"{', '.join(sorted(self.ranges)) or '(none)'}; expected the same"
+            )
+        for symbol, (low, high) in ({ROWS: (1, self.max_rows)} | dict(self.ranges)).items():
+            if not 1 <= low <= lengths.get(symbol, low) <= high:
+                raise OptionError(
+                    f"example: dimension {symbol!r} has range {low} to {high} and length {lengths.get(symbol)}; "
+                    f"expected 1 <= low <= length <= high"
+                )
 
     def arrays(self) -> dict[str, NDArray[np.generic]]:
         return {name: tensor.detach().cpu().numpy() for name, tensor in self.inputs.items()}
+
+    def mask_names(self) -> tuple[str, ...]:
+        return self.masks or tuple(name for name in self.inputs if name == MASK_NAME)
 
     def dimensions(self) -> dict[str, DimensionSpec]:
         """Ranges of all symbolic dimensions, the row axis included."""
@@ -74,25 +118,41 @@ def graph_from_model(model: nn.Module, example: Example, opset: int = DEFAULT_OP
     The same model gives the same bytes. Raises CaptureError when torch cannot export it, or when it returns
     something else than one tensor of logits per exit.
     """
-    was_training = model.training
-    model.eval()
-    try:
+    with _evaluating(model):
         num_exits = _count_exits(model, example)
         names = [f"logits_{position + 1}" for position in range(num_exits)]
         program = _exported(model, example, names, opset)
+        onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program.model)  # source paths and code lines
+        graph = program.model_proto
+        _check_against_model(model, example, graph)
+    return graph
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in eval(), and afterwards every part of it in the mode it was in."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
     finally:
-        model.train(was_training)
-    onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program.model)  # source paths and code lines
-    return program.model_proto
+        for module, training in modes:
+            module.training = training
 
 
 def _exported(model: nn.Module, example: Example, names: list[str], opset: int) -> torch.onnx.ONNXProgram:
-    shapes = {name: {0: ROWS, **example.dynamic.get(name, {})} for name in example.inputs}
+    shapes: Any = {name: {0: ROWS, **example.dynamic.get(name, {})} for name in example.inputs}
+    parameters = inspect.signature(model.forward).parameters
+    arguments: dict[str, Any] = {"kwargs": dict(example.inputs)}
+    exported = model
+    if not parameters.keys() >= shapes.keys():  # torch.export gives inputs that land in **kwargs no dynamic axes
+        exported = _ByPosition(model, tuple(example.inputs))
+        arguments, shapes = {"args": tuple(example.inputs.values())}, (tuple(shapes.values()),)
     try:
         with _quiet_exporter():
             program = torch.onnx.export(
-                model,
-                kwargs=dict(example.inputs),
+                exported,
+                **arguments,
                 dynamo=True,
                 opset_version=opset,
                 dynamic_shapes=shapes,
@@ -101,10 +161,22 @@ def _exported(model: nn.Module, example: Example, names: list[str], opset: int) 
                 external_data=False,
             )
     except Exception as exc:  # torch raises many classes here; all mean the same to the caller
-        raise CaptureError(f"capturing {type(model).__name__}: torch.onnx.export failed: {exc}") from exc
+        raise CaptureError(f"capturing {type(model).__name__}: torch.onnx.export failed: {_in_short(exc)}") from exc
     if program is None:
         raise CaptureError(f"capturing {type(model).__name__}: torch.onnx.export returned nothing")
     return program
+
+
+class _ByPosition(nn.Module):
+    """A model whose forward takes **kwargs, called with its inputs in order."""
+
+    def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
+        super().__init__()
+        self.model, self.names = model, names
+        self.training = model.training
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.model(**dict(zip(self.names, inputs, strict=True)))
 
 
 def _count_exits(model: nn.Module, example: Example) -> int:
@@ -113,8 +185,8 @@ def _count_exits(model: nn.Module, example: Example) -> int:
         with torch.no_grad():
             outputs = model(**example.inputs)
     except Exception as exc:
-        raise CaptureError(f"running {type(model).__name__} on its example inputs: {exc}") from exc
-    if not isinstance(outputs, (tuple, list)) or not all(isinstance(value, Tensor) for value in outputs):
+        raise CaptureError(f"running {type(model).__name__} on its example inputs: {_in_short(exc)}") from exc
+    if not isinstance(outputs, (tuple, list)) or not outputs or not all(isinstance(value, Tensor) for value in outputs):
         raise CaptureError(
             f"{type(model).__name__}.forward returned {type(outputs).__name__}; expected a tuple with one tensor of "
             f"logits (rows, classes) per exit, the final exit last"
@@ -126,6 +198,39 @@ def _count_exits(model: nn.Module, example: Example) -> int:
                 f"({rows}, classes)"
             )
     return len(outputs)
+
+
+def _check_against_model(model: nn.Module, example: Example, graph: ModelProto) -> None:
+    """Raise CaptureError unless the graph says what the model says, at other sizes than the example's too."""
+    inputs, dimensions, arrays = input_specs(graph, example.mask_names()), example.dimensions(), example.arrays()
+    session = open_session(graph)
+    for size in probing_sizes(nominal_size(inputs, dimensions, arrays), dimensions)[:_COMPARED_SIZES]:
+        feed = resize_inputs(inputs, arrays, size)
+        tensors = {name: torch.from_numpy(value).to(example.inputs[name].device) for name, value in feed.items()}
+        try:
+            with torch.no_grad():
+                expected = [logits.double().cpu().numpy() for logits in model(**tensors)]
+        except Exception:
+            continue  # a length that the model itself refuses
+        place = f"{type(model).__name__} at {', '.join(f'{symbol}={length}' for symbol, length in size.items())}"
+        cure = "something in forward was fixed when it was traced; compute it from tensor shapes"
+        try:
+            got = session.run(None, feed)
+        except Exception as exc:
+            raise CaptureError(f"{place}: the exported graph does not run ({exc}) and the model does; {cure}") from exc
+        for position, (logits, wanted) in enumerate(zip(got, expected, strict=True)):
+            if logits.shape != wanted.shape or not np.allclose(logits, wanted, _RTOL, _ATOL, equal_nan=True):
+                worst = np.abs(logits - wanted).max() if logits.shape == wanted.shape else logits.shape
+                raise CaptureError(
+                    f"{place}: exit {position + 1} of the exported graph differs from the model ({worst}); {cure}"
+                )
+
+
+def _in_short(exc: Exception) -> str:
+    """What an exception of the exporter says, without colours, advice to its developers and stack traces."""
+    text = re.sub(r"\x1b\[[0-9;]*m", "", str(exc)).split("## Exception summary")[-1]
+    text = re.split(r"\(Refer to the full stack trace|While executing %|For more information", text)[0].strip()
+    return text if len(text) <= _MAX_MESSAGE else f"{text[:_MAX_MESSAGE]} …"
 
 
 @contextlib.contextmanager

@@ -26,7 +26,7 @@ _CRASHING_OPTIMIZERS = ["FuseFp16InitializerToFp32NodeTransformer"]
 def open_session(model: ModelProto) -> ort.InferenceSession:
     """A CPU session for `model`, with idle threads that sleep. Raises ParityError when it does not load."""
     options = ort.SessionOptions()
-    options.log_severity_level = 3
+    options.log_severity_level = 4  # its errors come back as exceptions; here they would be said twice
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     try:
         return ort.InferenceSession(
@@ -63,7 +63,10 @@ class Chain:
         """All outputs of one segment at temperature 1, by name."""
         session = self.sessions[index]
         names = [output.name for output in session.get_outputs()]
-        values = session.run(names, {**feed, INVERSE_TEMPERATURE: np.array(1, np.float32)})
+        try:
+            values = session.run(names, {**feed, INVERSE_TEMPERATURE: np.array(1, np.float32)})
+        except Exception as exc:
+            raise ParityError(f"ONNX Runtime does not run segment {index}: {exc}; please report this model") from exc
         return dict(zip(names, values, strict=True))
 
     def feed(self, index: int, before: Arrays, rows: NDArray[np.int64]) -> Arrays:

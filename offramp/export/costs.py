@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from onnx import NodeProto
 
-from offramp.export.graph import GraphView
+from offramp.export.graph import GraphView, inner_graphs
 from offramp.export.mincut import CutProblem
 from offramp.export.probe import Probe
 
@@ -34,27 +34,25 @@ class CostModel:
     def problem(self, view: GraphView, probe: Probe, reads: Sequence[Sequence[str]]) -> CutProblem:
         """The cut problem of `view` when node i really needs the data of the tensors `reads[i]`."""
         computed, makes, rerun = [], [], []
-        data = set(view.input_names)  # tensors that depend on more than the sizes of the inputs
         for index, node in enumerate(view.nodes):
-            read = tuple(name for name in reads[index] if name in probe.tensors)
             made = tuple(name for name in node.output if name in probe.tensors)
-            depends_on_data = not data.isdisjoint(read)
-            if depends_on_data:
-                data.update(made)
-            computed.append(read)
+            computed.append(tuple(name for name in reads[index] if name in probe.tensors))
             makes.append(made)
-            rerun.append(self._rerun_ns(probe, node, made, depends_on_data))
+            rerun.append(self._rerun_ns(probe, node, made, not view.data_valued.isdisjoint(made)))
         return CutProblem(computed, makes, {name: self._carry_ns(probe, name) for name in probe.tensors}, rerun)
 
     def _carry_ns(self, probe: Probe, name: str) -> int | None:
         facts = probe.tensors[name]
-        if not facts.has_row_axis:
+        if facts.row_axis is None:
             return None
-        return round(self.carry_ns + self.ns_per_kib * self.rows * facts.bytes_per_row / 1024)
+        moved_ns = self.ns_per_kib * self.rows * facts.bytes_per_row / 1024
+        turned_ns = 2 * (self.launch_ns + moved_ns) if facts.row_axis else 0  # rows to the front, and back
+        return round(self.carry_ns + moved_ns + turned_ns)
 
     def _rerun_ns(self, probe: Probe, node: NodeProto, made: tuple[str, ...], depends_on_data: bool) -> int | None:
         has_weight = any(name and name not in probe.tensors for name in node.input)
-        if depends_on_data and has_weight and node.op_type in _LEARNED:
+        is_learned = has_weight and node.op_type in _LEARNED
+        if depends_on_data and (is_learned or any(inner_graphs(node))):  # a loop may hold learned layers
             return None
         moved = sum(probe.tensors[name].bytes_per_row for name in (*node.input, *made) if name in probe.tensors)
         return round(self.launch_ns + self.rows * (self.ns_per_kib * moved / 1024 + self._product_ns(probe, node)))

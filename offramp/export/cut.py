@@ -9,17 +9,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from onnx import ModelProto
+from onnx import ModelProto, inliner
 
 from offramp.bundle import PREVIOUS_ROWS, ROWS, DimensionSpec, InputSpec, TensorSpec
 from offramp.errors import CutError
+from offramp.export.check_graph import check_graph
 from offramp.export.costs import CostModel
 from offramp.export.graph import GraphView, describe_node
 from offramp.export.mincut import CutProblem, minimum_carry
-from offramp.export.probe import Arrays, Probe, probe_graph
+from offramp.export.probe import Probe, probe_graph
 from offramp.export.segment_graph import SegmentPlan, carry_specs, segment_graph
+from offramp.export.sizes import Arrays
 
-MIN_OPSET = 11  # TopK and ArgMax as the score head uses them
+_LOGITS = frozenset({"float16", "float32", "float64"})
 
 
 @dataclass(frozen=True)
@@ -56,8 +58,8 @@ def segments_from_graph(
     Raises CutError, with the tensor or operator named, when the graph cannot be cut there, and CaptureError when
     a dimension is not dynamic as declared.
     """
-    view = GraphView(model)
-    _check_graph(view, exits)
+    view = GraphView(inliner.inline_local_functions(model) if model.functions else model)
+    check_graph(view, exits)
     probe = probe_graph(view, inputs, dimensions, example)
     num_classes = _check_exits(probe, exits)
     plans = _plan_segments(view, probe, exits, CostModel())
@@ -78,60 +80,42 @@ def segments_from_graph(
     return CutModel(tuple(segments), num_classes, _derived_dimensions(probe, plans, dimensions))
 
 
-def _check_graph(view: GraphView, exits: Sequence[str]) -> None:
-    opset = next((entry.version for entry in view.model.opset_import if entry.domain in ("", "ai.onnx")), 0)
-    if opset < MIN_OPSET:
-        raise CutError(
-            f"graph has opset {opset}, expected at least {MIN_OPSET}; convert it with onnx.version_converter"
-        )
-    if not exits or len(set(exits)) != len(exits):
-        raise CutError(f"got exits {', '.join(exits) or '(none)'}, expected at least one, each once")
-    unknown = [name for name in exits if name not in view.output_names]
-    if unknown:
-        raise CutError(
-            f"unknown exit {', '.join(unknown)}: the graph's outputs are {', '.join(view.output_names)}; "
-            f"pass `--exits` with some of these, in order of depth"
-        )
-    for name in exits:
-        if view.producer.get(name) is None or view.producer[name] in view.constant_nodes:
-            raise CutError(f"exit {name!r} does not depend on any input; check which output it is")
-
-
 def _check_exits(probe: Probe, exits: Sequence[str]) -> int:
-    """Every exit is (rows, C) float32 with the same C >= 2, row by row; returns C."""
-    classes = set()
+    """Every exit is (rows, C) floats with the same C >= 2, row by row; returns C."""
+    classes = {}
     for name in exits:
-        facts = probe.tensors[name]
-        shape = tuple(probe.dimension(law) for law in facts.laws)
-        if len(shape) != 2 or not isinstance(shape[1], int) or shape[1] < 2 or facts.dtype != "float32":
+        facts, shape = probe.tensors[name], probe.shape(name)
+        drawn = f"({', '.join(map(str, shape))})"
+        if len(shape) != 2 or not isinstance(shape[1], int) or shape[1] < 2 or facts.dtype not in _LOGITS:
+            hint = "; a binary exit needs two logits, such as (0, x)" if shape[1:] == (1,) else ""
             raise CutError(
-                f"exit {name!r} is {facts.dtype} of shape {shape}; expected float32 logits of shape (rows, classes) "
-                f"with at least 2 classes"
+                f"exit {name!r} is {facts.dtype} of shape {drawn}; expected floating-point logits of shape "
+                f"(rows, classes) with at least 2 classes{hint}"
             )
-        if not facts.has_row_axis:
+        if facts.row_axis != 0:
             raise CutError(
-                f"exit {name!r} of shape {shape}: the answer of a row changes with the other rows of its batch, or "
+                f"exit {name!r} of shape {drawn}: the answer of a row changes with the other rows of its batch, or "
                 f"the batch is fixed; export in eval() with an example batch of at least 2"
             )
-        classes.add(shape[1])
-    if len(classes) != 1:
-        raise CutError(f"exits have different numbers of classes: {sorted(classes)}; expected the same everywhere")
-    return classes.pop()
+        classes[name] = shape[1]
+    if len(set(classes.values())) != 1:
+        counts = ", ".join(f"{name} {count}" for name, count in classes.items())
+        raise CutError(f"exits have different numbers of classes: {counts}; expected the same everywhere")
+    return classes.popitem()[1]
 
 
 def _plan_segments(view: GraphView, probe: Probe, exits: Sequence[str], costs: CostModel) -> list[SegmentPlan]:
     """Minimum cuts at all boundaries, with shapes read off what each segment has.
 
     A Shape operator needs lengths, not data: where its tensor is not at hand, the lengths come from a carried
-    tensor of the same law. Where no carried tensor has that law, the operator is pinned, which makes its tensor
-    count as needed data, and everything is cut again.
+    tensor of the same law. Where no carried tensor has that law, or the law is not one because values decide the
+    shape, the operator is pinned, which makes its tensor count as needed data, and everything is cut again.
     """
-    pinned: frozenset[int] = frozenset()
+    shapes = {i: node.input[0] for i, node in enumerate(view.nodes) if node.op_type == "Shape"}
+    lawless = view.data_shaped | {name for name, facts in probe.tensors.items() if facts.dtype == "none"}
+    pinned = frozenset(i for i, name in shapes.items() if name not in probe.tensors or name in lawless)
     while True:
-        reads = [
-            () if node.op_type == "Shape" and i not in pinned and node.input[0] in probe.tensors else view.reads[i]
-            for i, node in enumerate(view.nodes)
-        ]
+        reads = [() if i in shapes and i not in pinned else read for i, read in enumerate(view.reads)]
         problem = costs.problem(view, probe, reads)
         plans = _cut_boundaries(view, problem, reads, exits, probe)
         resolved = [plan.with_sources(view, probe) for plan in plans]
@@ -154,7 +138,8 @@ def _cut_boundaries(
         if index + 1 < len(exits):
             if view.producer[exits[index + 1]] in existing:
                 raise CutError(
-                    f"exit {exits[index + 1]!r} adds nothing to exit {name!r}; list the exits in order of depth"
+                    f"exit {exits[index + 1]!r} adds nothing to exit {name!r}; list the exits in order of "
+                    f"depth, or drop one of them"
                 )
             carry = minimum_carry(problem, existing, view.upstream(exits[index + 1 :], reads) - existing)
             if carry.forbidden:
@@ -168,12 +153,14 @@ def _cut_boundaries(
 
 def _explain_forbidden(probe: Probe, exit_name: str, names: Sequence[str]) -> str:
     shapes = ", ".join(
-        f"{name!r} of shape ({', '.join(str(probe.dimension(law)) for law in probe.tensors[name].laws)})"
+        f"{name!r} of shape ({', '.join(map(str, probe.shape(name)))})"
+        if probe.tensors[name].dtype != "none"
+        else f"{name!r} of a shape that depends on values"
         for name in names
     )
     return (
-        f"cutting after exit {exit_name!r} would carry {shapes}, whose first axis is not the row axis; move the row "
-        f"axis first in the model (batch_first), or drop this exit"
+        f"cutting after exit {exit_name!r} would carry {shapes}, where no axis is the row axis: rows are folded "
+        f"into another axis there, or depend on each other; place this exit where the model has one row per request"
     )
 
 

@@ -31,13 +31,15 @@ from offramp.export.chain import Arrays, Chain
 from offramp.export.cut import CutModel, segments_from_graph
 from offramp.export.graph import GraphView
 from offramp.export.lower import fp16_from_segment, fp16_weight_share
-from offramp.export.probe import resize_inputs, run_tensors
+from offramp.export.probe import run_tensors
+from offramp.export.sizes import resize_inputs
 from offramp.export.source import ModelSource
 from offramp.export.verify import Parity, verify_fp16, verify_fp32
 from offramp.policy import Policy
 from offramp.storage import staged_directory
 
 PRECISIONS = ("fp32", "fp16")
+WHOLE = "whole.onnx"  # in the reference: the graph that was cut
 # Tools whose version decides the bytes of a graph.
 _TOOLS = ("offramp", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "nvidia-modelopt")
 _VERIFIED_BATCHES = 16
@@ -94,7 +96,7 @@ def export_bundle(
     progress("writing")
     files = _graph_files(graphs)
     whole = source.graph.SerializeToString(deterministic=True)
-    manifest = _manifest(source, cut, dimensions, files, parity, file_record("whole.onnx", whole))
+    manifest = _manifest(source, cut, dimensions, files, parity, file_record(WHOLE, whole))
     _write(bundle, manifest, source, files, whole)
     return manifest
 
@@ -105,9 +107,10 @@ def reference_path(bundle: Path) -> Path:
 
 
 def check_target(bundle: Path) -> None:
-    """Raise StorageError when `bundle` is something that an export must not replace."""
-    if bundle.is_file() or (bundle.is_dir() and any(bundle.iterdir()) and not (bundle / MANIFEST).is_file()):
-        raise StorageError(f"{bundle} exists and is not a bundle; choose another output directory or remove it")
+    """Raise StorageError when `bundle` or its reference is something that an export must not replace."""
+    for path, mark, kind in ((bundle, MANIFEST, "a bundle"), (reference_path(bundle), WHOLE, "a reference")):
+        if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / mark).is_file()):
+            raise StorageError(f"{path} exists and is not {kind}; choose another output directory or remove it")
 
 
 def _lower(cut: CutModel, fp32: Chain, batches: Sequence[Arrays], progress: Progress) -> list[ModelProto]:
@@ -130,13 +133,12 @@ def _ranges(source: ModelSource, cut: CutModel) -> dict[str, DimensionSpec]:
     Raises CaptureError when the graph does not run at the ends of the ranges it declares.
     """
     view = GraphView(source.graph)
-    names = sorted({tensor for tensor, _ in cut.derived.values()})
-    names = names or list(source.exits)
+    run = run_tensors(view, sorted({tensor for tensor, _ in cut.derived.values()}) or list(source.exits))
     found: dict[str, list[int]] = {symbol: [] for symbol in cut.derived}
     for end in ("min", "max"):
         size = {symbol: getattr(limits, end) for symbol, limits in source.dimensions.items()} | {ROWS: 2}
         try:
-            values = run_tensors(view, names)(resize_inputs(source.inputs, source.example, size))
+            values = run(resize_inputs(source.inputs, source.example, size))
         except CutError as exc:
             raise CaptureError(
                 f"the graph does not run at the {end} of its declared ranges, {size}: {exc}; declare a narrower range "
@@ -218,13 +220,12 @@ def _write(
     files: Mapping[str, Sequence[tuple[FileRecord, bytes]]],
     whole: bytes,
 ) -> None:
-    """Write the reference, then the bundle: a bundle whose reference is missing is whole, the reverse is litter."""
+    """Write both, then move the bundle into place, then the reference: nothing moves before all is written."""
     samples = io.BytesIO()
     np.savez(samples, allow_pickle=False, **source.calibration[0])
-    with staged_directory(reference_path(bundle)) as staging:
-        (staging / "whole.onnx").write_bytes(whole)
-        (staging / "inputs.npz").write_bytes(samples.getvalue())
-    with staged_directory(bundle) as staging:
+    with staged_directory(reference_path(bundle)) as beside, staged_directory(bundle) as staging:
+        (beside / WHOLE).write_bytes(whole)
+        (beside / "inputs.npz").write_bytes(samples.getvalue())
         for records in files.values():
             for record, content in records:
                 path = staging / record.path

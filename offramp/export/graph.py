@@ -6,16 +6,19 @@ subgraphs take from outside.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
 import onnx
 from onnx import GraphProto, ModelProto, NodeProto
 
-RANDOM_OPERATORS = frozenset(
-    {"RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli"}
-)
+# Operators whose output's size is decided by values, and those that take it as an operand (input position).
+_SIZED_BY_DATA = frozenset({"NonZero", "Unique", "Compress", "NonMaxSuppression", "If", "Loop", "SequenceAt"})
+_SIZE_OPERANDS = {"ConstantOfShape": (0,), "Range": (0, 1, 2), "Slice": (1, 2, 3, 4), "Resize": (2, 3)}
+_SIZE_OPERANDS |= dict.fromkeys(("Reshape", "Expand", "Tile", "TopK", "Pad", "Split", "OneHot"), (1,))
+# Operators whose output has the shape of their first input, whatever the others are.
+_SHAPED_BY_FIRST = frozenset({"ScatterND", "ScatterElements", "Scatter"})
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,11 @@ class GraphView:
     """`model`'s top graph, its nodes in topological order."""
 
     model: ModelProto
+
+    @cached_property
+    def opset(self) -> int:
+        """Version of the standard operators."""
+        return next((entry.version for entry in self.model.opset_import if entry.domain in ("", "ai.onnx")), 0)
 
     @cached_property
     def nodes(self) -> tuple[NodeProto, ...]:
@@ -60,6 +68,41 @@ class GraphView:
                 constant.add(index)
         return frozenset(constant)
 
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Every name of a tensor that occurs anywhere in the graph and its subgraphs."""
+        graph = self.model.graph
+        found = {*self.initializers, *(value.name for value in graph.input)}
+        for node in walk_nodes(graph):
+            found.update(node.input, node.output)
+            for inner in inner_graphs(node):
+                found.update(value.name for value in (*inner.input, *inner.initializer))
+        return frozenset(found)
+
+    @cached_property
+    def data_valued(self) -> frozenset[str]:
+        """Tensors that depend on the values of the inputs, not on their shapes alone."""
+        return self._data_dependence[0]
+
+    @cached_property
+    def data_shaped(self) -> frozenset[str]:
+        """Tensors whose very shape may depend on the values of the inputs."""
+        return self._data_dependence[1]
+
+    @cached_property
+    def _data_dependence(self) -> tuple[frozenset[str], frozenset[str]]:
+        data, shaped = set(self.input_names), set[str]()
+        for node, reads in zip(self.nodes, self.reads, strict=True):
+            depends = not data.isdisjoint(reads)
+            operands = [node.input[at] for at in _SIZE_OPERANDS.get(node.op_type, ()) if at < len(node.input)]
+            sized = node.op_type in _SIZED_BY_DATA and depends
+            inherits = reads[:1] if node.op_type in _SHAPED_BY_FIRST else reads
+            if sized or not data.isdisjoint(operands) or not shaped.isdisjoint(inherits):
+                shaped.update(node.output)
+            if not shaped.isdisjoint(reads) or (depends and node.op_type not in ("Shape", "Size")):
+                data.update(node.output)
+        return frozenset(data - {""}), frozenset(shaped - {""})
+
     def upstream(
         self, tensors: Iterable[str], reads: Sequence[Sequence[str]], stop: frozenset[str] = frozenset()
     ) -> frozenset[int]:
@@ -74,13 +117,27 @@ class GraphView:
         return frozenset(found)
 
 
+def inner_graphs(node: NodeProto) -> Iterator[GraphProto]:
+    """The subgraphs of a node: branches of an If, the body of a Loop or Scan."""
+    for attribute in node.attribute:
+        if attribute.type == onnx.AttributeProto.GRAPH:
+            yield attribute.g
+        yield from attribute.graphs
+
+
+def walk_nodes(graph: GraphProto) -> Iterator[NodeProto]:
+    """All nodes of `graph`, those of subgraphs included."""
+    for node in graph.node:
+        yield node
+        for inner in inner_graphs(node):
+            yield from walk_nodes(inner)
+
+
 def read_names(node: NodeProto) -> Iterator[str]:
     """Names that `node` reads, including what its subgraphs take from the graph around them."""
     yield from (name for name in node.input if name)
-    for attribute in node.attribute:
-        graphs = [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else list(attribute.graphs)
-        for graph in graphs:
-            yield from _captured_names(graph)
+    for graph in inner_graphs(node):
+        yield from _captured_names(graph)
 
 
 def _captured_names(graph: GraphProto) -> Iterator[str]:
@@ -91,24 +148,25 @@ def _captured_names(graph: GraphProto) -> Iterator[str]:
     yield from (value.name for value in graph.output if value.name not in known)
 
 
-def rename_tensors(node: NodeProto, names: dict[str, str]) -> NodeProto:
-    """A copy of `node` with its tensors renamed, in its subgraphs too (where not shadowed)."""
+def rename_tensors(node: NodeProto, names: Mapping[str, str]) -> NodeProto:
+    """A copy of `node` with its tensors renamed, in its subgraphs too; what subgraphs shadow stays shadowed.
+
+    No new name may be in use already, except as the old name of something that is renamed as well.
+    """
     copy = NodeProto()
     copy.CopyFrom(node)
     _rename_in_place(copy, names)
     return copy
 
 
-def _rename_in_place(node: NodeProto, names: dict[str, str]) -> None:
+def _rename_in_place(node: NodeProto, names: Mapping[str, str]) -> None:
     for field in (node.input, node.output):
         field[:] = [names.get(name, name) for name in field]
-    for attribute in node.attribute:
-        graphs = [attribute.g] if attribute.type == onnx.AttributeProto.GRAPH else list(attribute.graphs)
-        for graph in graphs:
-            for inner in graph.node:
-                _rename_in_place(inner, names)
-            for value in graph.output:
-                value.name = names.get(value.name, value.name)
+    for graph in inner_graphs(node):
+        for inner in graph.node:
+            _rename_in_place(inner, names)
+        for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
+            value.name = names.get(value.name, value.name)
 
 
 def describe_node(node: NodeProto) -> str:

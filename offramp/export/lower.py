@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import logging
 import tempfile
 import warnings
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import ModelProto, TensorProto
+from onnx import ModelProto, TensorProto, TensorShapeProto
 
 from offramp.errors import ModelError
 from offramp.export.chain import Arrays
+from offramp.export.graph import describe_node, inner_graphs
 from offramp.export.score_head import PREFIX
 
 # A node stays in FP32 when a value beyond this passes it. AutoCast's own 512 would keep attention masks of -1e4
@@ -47,12 +49,24 @@ def fp16_from_segment(model: ModelProto, feeds: Sequence[Arrays]) -> ModelProto:
                 nodes_to_exclude=[f"{PREFIX}.*"],
                 op_types_to_exclude=_FP32_OPERATORS,
                 data_max=_MAX_ABS_VALUE,
+                providers=["cpu"],  # its default is a list that it changes when it meets a custom operator
             )
         except Exception as exc:  # AutoCast lets through whatever its parts raise
             raise ModelError(
-                f"lowering {model.graph.name} to FP16: {exc}; export with `--precision fp32` to go without"
+                f"lowering {model.graph.name} to FP16: {exc}{_suspects(model)}; export with `--precision fp32` to go "
+                f"without"
             ) from exc
     return _normalised(lowered, model)
+
+
+def _suspects(model: ModelProto) -> str:
+    """Operators that AutoCast is known not to convert, as an addition to its own message."""
+    found = sorted(
+        describe_node(node)
+        for node in model.graph.node
+        if any(inner_graphs(node)) or node.domain or "Sequence" in node.op_type
+    )
+    return f" (AutoCast may not convert {', '.join(found)})" if found else ""
 
 
 def fp16_weight_share(model: ModelProto) -> float:
@@ -67,8 +81,14 @@ def fp16_weight_share(model: ModelProto) -> float:
 def _normalised(lowered: ModelProto, original: ModelProto) -> ModelProto:
     """`lowered` with the original's name, inputs and outputs, and in an order that does not change from run to run."""
     lowered.graph.name = original.graph.name
-    lowered.graph.value_info.sort(key=lambda value: value.name)  # AutoCast leaves them in the order of a set
     lowered.graph.ClearField("doc_string")
+    shapes = _shapes(lowered, original)
+    values = sorted(lowered.graph.value_info, key=lambda value: value.name)  # AutoCast's order is that of a set
+    del lowered.graph.value_info[:]
+    for value in values:
+        if value.name in shapes:
+            value.type.tensor_type.shape.CopyFrom(shapes[value.name])
+            lowered.graph.value_info.append(value)
     for values, wanted in (
         (lowered.graph.input, original.graph.input),
         (lowered.graph.output, original.graph.output),
@@ -79,13 +99,27 @@ def _normalised(lowered: ModelProto, original: ModelProto) -> ModelProto:
     return lowered
 
 
+def _shapes(lowered: ModelProto, original: ModelProto) -> dict[str, TensorShapeProto]:
+    """What is known about shapes: the original's, which the casts between keep.
+
+    AutoCast calls every length it does not know "unk", and what has one name has one length: ONNX Runtime then
+    reuses buffers that do not fit.
+    """
+    graph = original.graph
+    shapes = {value.name: value.type.tensor_type.shape for value in (*graph.value_info, *graph.input, *graph.output)}
+    for node in lowered.graph.node:
+        if node.op_type == "Cast" and node.input[0] in shapes:
+            shapes.setdefault(node.output[0], shapes[node.input[0]])
+    return shapes
+
+
 @contextlib.contextmanager
 def _quiet_modelopt() -> Iterator[None]:
     """Keep ModelOpt's log, a line per node, and the warnings of what it imports away from the user."""
-    before = logging.root.manager.disable
+    before, said = logging.root.manager.disable, io.StringIO()
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -18,7 +18,7 @@ _BELOW_ONE = 1 - 2**-22
 PREFIX = "offramp/"  # of the names of all nodes and tensors that the cut adds
 
 
-def score_head(num_classes: int) -> tuple[list[NodeProto], list[TensorProto]]:
+def score_head(num_classes: int, opset: int) -> tuple[list[NodeProto], list[TensorProto]]:
     """Nodes and constants from `logits` (S, C) and `inverse_temperature` () to `prediction` and `scores`.
 
     Entropy is the mean over classes of p log p, by GlobalAveragePool, times -C / log C. ONNX Runtime's ReduceSum
@@ -37,8 +37,7 @@ def score_head(num_classes: int) -> tuple[list[NodeProto], list[TensorProto]]:
 
     constants = [
         constant("two", np.array([2], np.int64)),
-        constant("first", np.array([0], np.int64)),
-        constant("second", np.array([1], np.int64)),
+        constant("one_each", np.array([1, 1], np.int64)),
         constant("as_planes", np.array([-1, 1, num_classes], np.int64)),
         constant("as_column", np.array([-1, 1], np.int64)),
         constant("entropy_scale", np.float32(-num_classes / math.log(num_classes) * _BELOW_ONE)),
@@ -54,8 +53,7 @@ def score_head(num_classes: int) -> tuple[list[NodeProto], list[TensorProto]]:
             f"{PREFIX}TopK",
             axis=1,
         ),
-        node("Gather", [name("top"), name("first")], name("max_prob"), axis=1),
-        node("Gather", [name("top"), name("second")], name("runner_up"), axis=1),
+        _halves(name("top"), name("max_prob"), name("runner_up"), name("one_each"), opset),
         node("Sub", [name("max_prob"), name("runner_up")], name("margin")),
         node("LogSoftmax", [name("scaled")], name("log_probability"), axis=1),
         node("Mul", [name("probability"), name("log_probability")], name("information")),
@@ -66,3 +64,10 @@ def score_head(num_classes: int) -> tuple[list[NodeProto], list[TensorProto]]:
         node("Concat", [name("max_prob"), name("margin"), name("entropy")], "scores", axis=1),
     ]
     return nodes, constants
+
+
+def _halves(pair: str, left: str, right: str, sizes: str, opset: int) -> NodeProto:
+    """`pair` (S, 2) as two columns; the sizes are an attribute before opset 13."""
+    if opset < 13:
+        return helper.make_node("Split", [pair], [left, right], f"{PREFIX}Split", axis=1, split=[1, 1])
+    return helper.make_node("Split", [pair, sizes], [left, right], f"{PREFIX}Split", axis=1)

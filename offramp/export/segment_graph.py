@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, checker, helper, numpy_helper
 
 from offramp.bundle import INVERSE_TEMPERATURE, PREVIOUS_ROWS, ROWS, Dimension, InputSpec, TensorSpec
 from offramp.errors import CutError
-from offramp.export.graph import GraphView, read_names, rename_tensors
+from offramp.export.graph import GraphView, read_names, rename_tensors, walk_nodes
 from offramp.export.probe import Probe
 from offramp.export.score_head import PREFIX, score_head
 
@@ -61,12 +63,12 @@ class SegmentPlan:
 
 
 def carry_specs(probe: Probe, names: Sequence[str], prefix: str, rows: str) -> tuple[TensorSpec, ...]:
-    """The interface of carried tensors, named by position, with `rows` as their leading dimension."""
+    """The interface of carried tensors, named by position: `rows` leads, the other axes follow in their order."""
     specs = []
     for position, name in enumerate(names):
         facts = probe.tensors[name]
-        shape = (rows, *(probe.dimension(law) for law in facts.laws[1:]))
-        specs.append(TensorSpec(f"{prefix}_{position}", facts.dtype, shape))
+        others = [probe.dimension(law) for axis, law in enumerate(facts.laws) if axis != facts.row_axis]
+        specs.append(TensorSpec(f"{prefix}_{position}", facts.dtype, (rows, *others)))
     return tuple(specs)
 
 
@@ -79,35 +81,23 @@ def segment_graph(
     """
     carry_in = carry_specs(probe, plan.carried_in, "carry_in", PREVIOUS_ROWS)
     carry_out = carry_specs(probe, plan.carried, "carry_out", ROWS)
-    head_nodes, head_constants = score_head(num_classes)
+    head_nodes, head_constants = score_head(num_classes, view.opset)
     outputs = {"logits": plan.exit_name} | {spec.name: name for spec, name in zip(carry_out, plan.carried, strict=True)}
-    reserved = {
-        *outputs,
-        "prediction",
-        "scores",
-        ROWS,
-        INVERSE_TEMPERATURE,
-        *(spec.name for spec in carry_in),
-    }
-    _check_names(view, reserved)
-    names = _output_names(view, plan, outputs) | {name: f"{name}:0" for name in reserved if name in probe.tensors}
-    nodes = [
-        helper.make_node("Gather", [spec.name, ROWS], [names.get(name, name)], f"{PREFIX}Gather/{position}", axis=0)
-        for position, (spec, name) in enumerate(zip(carry_in, plan.carried_in, strict=True))
-    ]
+    names = _names(view, probe, plan, outputs)
     constants: dict[str, TensorProto] = {}
+    nodes = _carried_in_nodes(probe, plan, names)
     for index in sorted(plan.nodes):
         if index in plan.sources:
             nodes += _shape_nodes(view.nodes[index], plan.sources[index], names, constants)
         else:
             nodes.append(rename_tensors(view.nodes[index], names))
-    nodes += [
-        helper.make_node("Identity", [names.get(name, name)], [output], f"{PREFIX}Identity/{output}")
-        for output, name in outputs.items()
-        if names.get(name) != output
-    ]
+    nodes += [_output_node(probe, name, names, output) for output, name in outputs.items() if names.get(name) != output]
     used = {name for node in nodes for name in read_names(node)}
-    initializers = [tensor for name, tensor in view.initializers.items() if name in used]
+    initializers = [
+        _renamed(tensor, names.get(name, name))
+        for name, tensor in view.initializers.items()
+        if names.get(name, name) in used
+    ]
     graph = GraphProto(
         name=f"segment_{plan.index:02d}",
         node=[*nodes, *head_nodes],
@@ -117,29 +107,79 @@ def segment_graph(
             *(_value(spec.name, spec.dtype, spec.shape) for spec in carry_out),
             *_answer_values(num_classes),
         ],
-        value_info=_inner_values(probe, nodes, names, set(outputs)),
+        value_info=_inner_values(view, probe, nodes, names, set(outputs)),
     )
     return _finish(view.model, graph)
 
 
-def _check_names(view: GraphView, reserved: set[str]) -> None:
-    taken = reserved.intersection(view.input_names)
-    if taken:
+def _names(view: GraphView, probe: Probe, plan: SegmentPlan, outputs: Mapping[str, str]) -> dict[str, str]:
+    """New names for tensors of the whole graph: those that the contract asks for, and others that are in its way."""
+    carries = {f"carry_{way}_{position}" for way in ("in", "out") for position in range(len(view.producer))}
+    reserved = {"logits", "prediction", "scores", ROWS, INVERSE_TEMPERATURE, *(carries & view.names)}
+    if taken := reserved.intersection(view.input_names):
         raise CutError(f"model input {', '.join(sorted(taken))}: offramp uses this name itself; rename the input")
-
-
-def _output_names(view: GraphView, plan: SegmentPlan, outputs: dict[str, str]) -> dict[str, str]:
-    """Tensor of the whole graph -> its name as an output here; what is not computed here keeps its name."""
+    names = {}
+    for name in sorted(reserved & view.names):
+        free = next(text for count in itertools.count() if (text := f"{name}:{count}") not in view.names)
+        names[name] = free
     made = {name for index in plan.nodes for name in view.nodes[index].output} | set(plan.carried_in)
-    names: dict[str, str] = {}
+    named: dict[str, str] = {}
     for output, name in outputs.items():
-        if name in made and name not in names:
-            names[name] = output
-    return names
+        if name in made and name not in named and not _output_operator(probe, name, output):
+            named[name] = output
+    return names | named
+
+
+def _carried_in_nodes(probe: Probe, plan: SegmentPlan, names: Mapping[str, str]) -> list[NodeProto]:
+    """Gather the rows that go on, and put the row axis back where the whole graph has it."""
+    gathers, turns = [], []
+    for position, name in enumerate(plan.carried_in):
+        result, axis = names.get(name, name), probe.tensors[name].row_axis
+        gathered = f"{PREFIX}gathered_{position}" if axis else result
+        gathers.append(
+            helper.make_node("Gather", [f"carry_in_{position}", ROWS], [gathered], f"{PREFIX}Gather/{position}", axis=0)
+        )
+        if axis:
+            order = list(range(1, len(probe.tensors[name].laws)))
+            order.insert(axis, 0)
+            turns.append(
+                helper.make_node("Transpose", [gathered], [result], f"{PREFIX}Transpose/in/{position}", perm=order)
+            )
+    return gathers + turns
+
+
+def _output_node(probe: Probe, name: str, names: Mapping[str, str], output: str) -> NodeProto:
+    """The operator that makes `output` of the tensor `name`, which may be an input or have another form."""
+    operator = _output_operator(probe, name, output) or "Identity"
+    attributes: dict[str, Any] = {}
+    if operator == "Cast":
+        attributes["to"] = TensorProto.FLOAT
+    elif operator == "Transpose":
+        facts = probe.tensors[name]
+        others = [axis for axis in range(len(facts.laws)) if axis != facts.row_axis]
+        attributes["perm"] = [facts.row_axis, *others]
+    return helper.make_node(operator, [names.get(name, name)], [output], f"{PREFIX}{operator}/{output}", **attributes)
+
+
+def _output_operator(probe: Probe, name: str, output: str) -> str:
+    """What has to be done to a tensor to become an output of the contract; empty when nothing has."""
+    facts = probe.tensors[name]
+    if output == "logits":
+        return "" if facts.dtype == "float32" else "Cast"
+    return "Transpose" if facts.row_axis else ""
+
+
+def _renamed(tensor: TensorProto, name: str) -> TensorProto:
+    if tensor.name == name:
+        return tensor
+    copy = TensorProto()
+    copy.CopyFrom(tensor)
+    copy.name = name
+    return copy
 
 
 def _shape_nodes(
-    node: NodeProto, sources: Sequence[Source], names: dict[str, str], constants: dict[str, TensorProto]
+    node: NodeProto, sources: Sequence[Source], names: Mapping[str, str], constants: dict[str, TensorProto]
 ) -> list[NodeProto]:
     """Nodes that make what the Shape operator `node` makes, out of lengths that are at hand."""
     result = names.get(node.output[0], node.output[0])
@@ -187,15 +227,14 @@ def _answer_values(num_classes: int) -> list[ValueInfoProto]:
 
 
 def _inner_values(
-    probe: Probe, nodes: Sequence[NodeProto], names: dict[str, str], outputs: set[str]
+    view: GraphView, probe: Probe, nodes: Sequence[NodeProto], names: Mapping[str, str], outputs: set[str]
 ) -> list[ValueInfoProto]:
     """Shapes of the tensors inside: ONNX Runtime fuses residual additions into normalisation only with them."""
     made = {name for node in nodes for name in node.output} - outputs
     values = []
     for name, facts in probe.tensors.items():
-        if names.get(name, name) in made and facts.dtype != "none":
-            shape = [probe.dimension(law) for law in facts.laws]
-            values.append(_value(names.get(name, name), facts.dtype, shape))
+        if names.get(name, name) in made and facts.dtype != "none" and name not in view.data_shaped:
+            values.append(_value(names.get(name, name), facts.dtype, probe.shape(name)))
     return values
 
 
@@ -204,7 +243,7 @@ def _value(name: str, dtype: str, shape: Sequence[Dimension]) -> ValueInfoProto:
 
 
 def _finish(whole: ModelProto, graph: GraphProto) -> ModelProto:
-    domains = {node.domain for node in graph.node} | {""}
+    domains = {node.domain for node in walk_nodes(graph)} | {""}
     model = helper.make_model(
         graph,
         producer_name="offramp",
@@ -215,5 +254,8 @@ def _finish(whole: ModelProto, graph: GraphProto) -> ModelProto:
         raise CutError(
             f"{graph.name} has {model.ByteSize()} bytes, more than one ONNX file holds; add an exit before it"
         )
-    checker.check_model(model)
+    try:
+        checker.check_model(model)
+    except checker.ValidationError as exc:
+        raise CutError(f"cutting the graph: {graph.name} is not valid ONNX: {exc}; please report this model") from exc
     return model

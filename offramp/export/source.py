@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-from onnx import ModelProto, helper, inliner
+from onnx import ModelProto, ValueInfoProto, helper, inliner
 
-from offramp.bundle import ROWS, DimensionSpec, InputSpec
+from offramp.bundle import PREVIOUS_ROWS, ROWS, DimensionSpec, InputSpec
 from offramp.errors import CaptureError, CutError, OptionError
 from offramp.export.chain import Arrays
 from offramp.export.graph import GraphView
@@ -24,7 +24,11 @@ if TYPE_CHECKING:
 MASK_NAME = "attention_mask"  # what transformers calls the input that tells tokens from padding
 NOMINAL_LENGTH = 64  # of dynamic dimensions when a graph comes without example data
 NOMINAL_RANGE = DimensionSpec(1, 512)
+MAX_ROWS = 32  # default upper end of the row axis; larger batches run in chunks
 _NOMINAL_ROWS = 8
+_INPUT_DTYPES = frozenset(
+    {"bool", "float16", "float32", "float64", *(f"{sign}int{bits}" for sign in ("", "u") for bits in (8, 16, 32, 64))}
+)
 
 
 @dataclass(frozen=True)
@@ -60,13 +64,12 @@ def source_from_model(name: str, model: Any, example: Example, opset: int, exits
     from offramp.export.capture import graph_from_model
 
     graph = graph_from_model(model, example, opset)
-    masks = example.masks or tuple(name for name in example.inputs if name == MASK_NAME)
     names = tuple(value.name for value in graph.graph.output)
     return ModelSource(
         name=name,
         graph=graph,
         exits=tuple(exits) or names,
-        inputs=input_specs(graph, masks),
+        inputs=input_specs(graph, example.mask_names()),
         dimensions=example.dimensions(),
         example=example.arrays(),
         calibration=(example.arrays(),),
@@ -84,7 +87,7 @@ def source_from_factory(spec: str, opset: int, exits: Sequence[str] = ()) -> Mod
     sys.path.insert(0, "")
     try:
         factory = getattr(importlib.import_module(module_name), factory_name)
-    except (ImportError, AttributeError) as exc:
+    except (ImportError, AttributeError, ValueError) as exc:
         raise OptionError(f"finding the model {spec!r}: {exc}; expected package.module:factory") from exc
     finally:
         sys.path.remove("")
@@ -117,14 +120,18 @@ def source_from_onnx(
     named = [symbol for spec in inputs for symbol in spec.shape if isinstance(symbol, str) and symbol != ROWS]
     ranges = {symbol: dimensions.get(symbol, NOMINAL_RANGE) for symbol in named}
     if unknown := sorted(dimensions.keys() - ranges.keys()):
-        raise OptionError(f"{path} has no dimension {', '.join(unknown)}; its dimensions are {', '.join(ranges)}")
+        raise OptionError(
+            f"{path} has no dimension {', '.join(unknown)} beside the rows; its dimensions are "
+            f"{', '.join(ranges) or '(none)'}"
+        )
     example = example or made_up_inputs(inputs, ranges)
+    _check_example(inputs, example)
     return ModelSource(
         name=path.stem,
         graph=graph,
         exits=tuple(exits),
         inputs=inputs,
-        dimensions=ranges | {ROWS: DimensionSpec(1, 32)},
+        dimensions=ranges | {ROWS: DimensionSpec(1, MAX_ROWS)},
         example=example,
         calibration=(example,),
     )
@@ -138,7 +145,12 @@ def input_specs(graph: ModelProto, masks: Sequence[str]) -> tuple[InputSpec, ...
         if value.name in view.initializers:
             continue
         tensor = value.type.tensor_type
-        dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name
+        dtype = helper.tensor_dtype_to_np_dtype(tensor.elem_type).name if tensor.elem_type else "nothing"
+        if dtype not in _INPUT_DTYPES:
+            raise CaptureError(
+                f"input {value.name!r} holds {dtype}; expected numbers or bool: "
+                f"{', '.join(sorted(_INPUT_DTYPES))}; do the conversion before the model"
+            )
         shape = tuple(dim.dim_param or dim.dim_value for dim in tensor.shape.dim)
         is_mask = value.name in masks
         limit = 2 if is_mask else _table_size(view, value.name)
@@ -178,13 +190,51 @@ def _table_size(view: GraphView, name: str) -> int | None:
     return min(sizes, default=None)
 
 
+def _check_example(inputs: Sequence[InputSpec], example: Arrays) -> None:
+    """Raise OptionError unless `example` has the graph's inputs in their dtypes and shapes."""
+    if example.keys() != {spec.name for spec in inputs}:
+        raise OptionError(
+            f"example data: got {', '.join(sorted(example)) or 'nothing'}; expected "
+            f"{', '.join(spec.name for spec in inputs)}"
+        )
+    sizes: dict[str, int] = {}
+    for spec in inputs:
+        value = example[spec.name]
+        drawn = f"{spec.dtype} ({', '.join(map(str, spec.shape))})"
+        fits = value.dtype.name == spec.dtype and value.ndim == len(spec.shape) and value.size > 0
+        for length, dimension in zip(value.shape, spec.shape, strict=False):
+            fits &= length == (sizes.setdefault(dimension, length) if isinstance(dimension, str) else dimension)
+        if not fits:
+            raise OptionError(f"example data: input {spec.name!r} is {value.dtype} {value.shape}; expected {drawn}")
+
+
 def _with_named_rows(graph: ModelProto) -> ModelProto:
-    """A copy in which the first dimension of every input, whatever its name, is called `rows`."""
+    """A copy in which the first dimension of every input, whatever its name, is called `rows`, and no other is."""
     named = ModelProto()
     named.CopyFrom(graph)
     initializers = {tensor.name for tensor in named.graph.initializer}
     inputs = [value for value in named.graph.input if value.name not in initializers]
-    aliases = set()
+    renamed = _row_aliases(inputs)
+    for value in inputs:
+        for position, dim in enumerate(value.type.tensor_type.shape.dim):
+            fallback = f"{value.name}_{position}"
+            if position and dim.dim_param in (ROWS, PREVIOUS_ROWS):
+                renamed.setdefault(dim.dim_param, fallback)
+            elif position and not dim.dim_param and not dim.HasField("dim_value"):
+                dim.dim_param = fallback
+            elif not position:
+                dim.dim_param = dim.dim_param or ROWS
+    for values in (inputs, named.graph.output, named.graph.value_info):
+        for value in values:
+            for dim in value.type.tensor_type.shape.dim:
+                if dim.dim_param in renamed:
+                    dim.dim_param = renamed[dim.dim_param]
+    return named
+
+
+def _row_aliases(inputs: Sequence[ValueInfoProto]) -> dict[str, str]:
+    """The names of the inputs' first dimensions -> `rows`. Raises CaptureError unless axis 0 holds the rows."""
+    aliases: dict[str, str] = {}
     for value in inputs:
         dims = value.type.tensor_type.shape.dim
         if not dims or dims[0].HasField("dim_value"):
@@ -193,14 +243,12 @@ def _with_named_rows(graph: ModelProto) -> ModelProto:
                 f"input {value.name!r} has {got}; axis 0 of every input must be the row axis and dynamic: export the "
                 f"model again with a dynamic batch"
             )
-        aliases.add(dims[0].dim_param)
-    for values in (inputs, named.graph.output, named.graph.value_info):
-        for value in values:
-            for position, dim in enumerate(value.type.tensor_type.shape.dim):
-                if dim.dim_param in aliases and (dim.dim_param or (values is inputs and position == 0)):
-                    dim.dim_param = ROWS
+        aliases |= {dims[0].dim_param: ROWS} if dims[0].dim_param else {}
     for value in inputs:
         for position, dim in enumerate(value.type.tensor_type.shape.dim):
-            if not dim.dim_param and not dim.HasField("dim_value"):
-                dim.dim_param = f"{value.name}_{position}"
-    return named
+            if position and dim.dim_param in aliases:
+                raise CaptureError(
+                    f"dimension {dim.dim_param!r} is axis {position} of input {value.name!r} and axis 0 of another; "
+                    f"axis 0 of every input must be the row axis: transpose the input before the model"
+                )
+    return aliases

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from onnx import ModelProto, NodeProto, TensorProto, helper, numpy_helper
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 
 def weight(name: str, *shape: int) -> TensorProto:
@@ -133,3 +133,189 @@ def constant_exit() -> ModelProto:
     ]
     weights = [weight("w1", 4, 3), weight("w3", 2, 4)]
     return model_of(nodes, {"x": ["batch", 4]}, {"a": ["batch", 3], "b": [2, 3]}, weights)
+
+
+def constant(name: str, value: object, dtype: type = np.int64) -> TensorProto:
+    return numpy_helper.from_array(np.array(value, dtype), name)
+
+
+def two_exits(
+    between: Sequence[NodeProto], weights: Sequence[TensorProto] = (), inputs: dict[str, Sequence[object]] | None = None
+) -> ModelProto:
+    """x -> h -> exit a; then `between`, from h (and w3) to h2; h2 -> exit b."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "w1"], ["h"]),
+        helper.make_node("MatMul", ["h", "w2"], ["a"]),
+        *between,
+        helper.make_node("MatMul", ["h2", "w2"], ["b"]),
+    ]
+    every = [weight("w1", 4, 4), weight("w2", 4, 3), weight("w3", 4, 4), *weights]
+    return model_of(nodes, {"x": ["batch", 4], **(inputs or {})}, {"a": ["batch", 3], "b": ["batch", 3]}, every)
+
+
+def _branch(name: str, operator: str, domain: str = "") -> GraphProto:
+    node = helper.make_node(operator, ["h"], [name], domain=domain)
+    return helper.make_graph([node], name, [], [helper.make_tensor_value_info(name, TensorProto.FLOAT, None)])
+
+
+def branch(condition: Sequence[NodeProto], weights: Sequence[TensorProto], operator: str = "Tanh") -> ModelProto:
+    """An If over `condition`, whose branches read what the first segment made; contrib operators inside."""
+    node = helper.make_node(
+        "If",
+        ["condition"],
+        ["h2"],
+        then_branch=_branch("p", operator),
+        else_branch=_branch("q", "Gelu", "com.microsoft"),
+    )
+    model = two_exits([*condition, node], weights)
+    model.opset_import.append(helper.make_opsetid("com.microsoft", 1))
+    return model
+
+
+def branch_on_constant(operator: str = "Tanh") -> ModelProto:
+    return branch([], [constant("condition", True, bool)], operator)
+
+
+def branch_on_values() -> ModelProto:
+    condition = [
+        helper.make_node("ReduceMax", ["x"], ["largest"], keepdims=0),
+        helper.make_node("Greater", ["largest", "half"], ["condition"]),
+    ]
+    return branch(condition, [constant("half", 0.5, np.float32)])
+
+
+def branch_on_rows() -> ModelProto:
+    """Another path for a batch of one."""
+    condition = [
+        helper.make_node("Shape", ["x"], ["shape"]),
+        helper.make_node("Gather", ["shape", "zero"], ["n"]),
+        helper.make_node("Equal", ["n", "one"], ["condition"]),
+    ]
+    return branch(condition, [constant("zero", 0), constant("one", 1)])
+
+
+def loop_that_shadows() -> ModelProto:
+    """A Loop reading the first segment, whose inner names are `logits`, which shadows nothing, and `scores`."""
+    body = helper.make_graph(
+        [helper.make_node("Add", ["logits", "h"], ["scores"]), helper.make_node("Identity", ["go"], ["carry_in_0"])],
+        "body",
+        [
+            helper.make_tensor_value_info("rows", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("logits", TensorProto.FLOAT, None),
+        ],
+        [
+            helper.make_tensor_value_info("carry_in_0", TensorProto.BOOL, []),
+            helper.make_tensor_value_info("scores", TensorProto.FLOAT, None),
+        ],
+    )
+    loop = helper.make_node("Loop", ["three", "yes", "x"], ["h2"], body=body)
+    return two_exits([loop], [constant("three", 3), constant("yes", True, bool)])
+
+
+def names_taken() -> ModelProto:
+    """Initializers, constants and tensors called what the segment contract calls its own."""
+    between = [
+        helper.make_node("Constant", [], ["prediction"], value=constant("", [1, 2, 1, 2], np.float32)),
+        helper.make_node("Add", ["inverse_temperature", "prediction"], ["logits"]),
+        helper.make_node("Add", ["h", "scores"], ["rows"]),
+        helper.make_node("Mul", ["rows", "logits"], ["scores:0"]),
+        helper.make_node("Tanh", ["scores:0"], ["h2"]),
+    ]
+    weights = [constant("scores", [1, 2, 3, 4], np.float32), constant("inverse_temperature", 2, np.float32)]
+    return two_exits(between, weights)
+
+
+def routed() -> ModelProto:
+    """Rows with a positive flag get something added: how many they are is known from values only."""
+    between = [
+        helper.make_node("Greater", ["flag", "zero"], ["on"]),
+        helper.make_node("NonZero", ["on"], ["places"]),
+        helper.make_node("Transpose", ["places"], ["index"]),
+        helper.make_node("MatMul", ["h", "w3"], ["g"]),
+        helper.make_node("GatherND", ["g", "index"], ["chosen"]),
+        helper.make_node("Shape", ["early"], ["size"]),
+        helper.make_node("ConstantOfShape", ["size"], ["ones"], value=constant("", [1], np.float32)),
+        helper.make_node("Add", ["chosen", "ones"], ["more"]),
+        helper.make_node("ScatterND", ["g", "index", "more"], ["h2"]),
+    ]
+    model = two_exits(between, [constant("zero", 0, np.float32)], {"flag": ["batch"]})
+    # The first exit makes `early`, so that it exists at the boundary, with as many rows as flags are positive.
+    first = [
+        *between[:3],
+        helper.make_node("GatherND", ["h", "index"], ["early"]),
+        helper.make_node("ScatterND", ["h", "index", "early"], ["same"]),
+        helper.make_node("MatMul", ["same", "w2"], ["a"]),
+    ]
+    nodes = [model.graph.node[0], *first, *between[3:], model.graph.node[-1]]
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return model
+
+
+def training_dropout() -> ModelProto:
+    node = helper.make_node("Dropout", ["h", "ratio", "training"], ["h2"], "drop")
+    return two_exits([node], [constant("ratio", 0.5, np.float32), constant("training", True, bool)])
+
+
+def training_batch_norm() -> ModelProto:
+    node = helper.make_node(
+        "BatchNormalization", ["h", "one", "zero", "zero", "one"], ["h2", "mean", "variance"], "norm", training_mode=1
+    )
+    return two_exits([node], [constant("one", [1] * 4, np.float32), constant("zero", [0] * 4, np.float32)])
+
+
+def longest_row() -> ModelProto:
+    """Cuts the batch to its longest row: shapes, and with them padding, depend on the others."""
+    nodes = [
+        helper.make_node("ReduceMax", ["length"], ["longest"], keepdims=1),
+        helper.make_node("Cast", ["longest"], ["end"], to=TensorProto.INT64),
+        helper.make_node("Slice", ["x", "zero", "end", "one"], ["short"]),
+        helper.make_node("MatMul", ["short", "w1"], ["h"]),
+        helper.make_node("ReduceMean", ["h"], ["pooled"], axes=[1], keepdims=0),
+        helper.make_node("MatMul", ["pooled", "w2"], ["a"]),
+        helper.make_node("MatMul", ["h", "w1"], ["h2"]),
+        helper.make_node("ReduceMean", ["h2"], ["pooled2"], axes=[1], keepdims=0),
+        helper.make_node("MatMul", ["pooled2", "w2"], ["b"]),
+    ]
+    weights = [weight("w1", 4, 4), weight("w2", 4, 3), constant("zero", [0]), constant("one", [1])]
+    inputs: dict[str, Sequence[object]] = {"x": ["batch", "time", 4], "length": ["batch"]}
+    return model_of(nodes, inputs, {"a": ["batch", 3], "b": ["batch", 3]}, weights)
+
+
+def image_with_rows() -> ModelProto:
+    """A picture whose own dimensions are called rows and cols."""
+    nodes = [
+        helper.make_node("Conv", ["x", "kernel"], ["h"]),
+        helper.make_node("GlobalMaxPool", ["h"], ["p"]),
+        helper.make_node("Flatten", ["p"], ["f"]),
+        helper.make_node("MatMul", ["f", "w2"], ["a"]),
+        helper.make_node("Conv", ["h", "kernel"], ["h2"]),
+        helper.make_node("GlobalMaxPool", ["h2"], ["p2"]),
+        helper.make_node("Flatten", ["p2"], ["f2"]),
+        helper.make_node("MatMul", ["f2", "w2"], ["b"]),
+    ]
+    weights = [weight("kernel", 4, 4, 3, 3), weight("w2", 4, 3)]
+    outputs: dict[str, Sequence[object]] = {"a": ["batch", 3], "b": ["batch", 3]}
+    return model_of(nodes, {"x": ["batch", 4, "rows", "cols"]}, outputs, weights)
+
+
+def sparse_weight() -> ModelProto:
+    model = two_exits([helper.make_node("Add", ["h", "sparse"], ["h2"])])
+    values, places = constant("sparse", [5.0], np.float32), constant("places", [2])
+    model.graph.sparse_initializer.append(helper.make_sparse_tensor(values, places, [4]))
+    return model
+
+
+def local_function() -> ModelProto:
+    model = two_exits([helper.make_node("Twice", ["h"], ["h2"], domain="local")])
+    add = helper.make_node("Add", ["u", "u"], ["v"])
+    model.functions.append(helper.make_function("local", "Twice", ["u"], ["v"], [add], [helper.make_opsetid("", 17)]))
+    model.opset_import.append(helper.make_opsetid("local", 1))
+    return model
+
+
+def initializer_as_input() -> ModelProto:
+    model = two_exits([helper.make_node("Identity", ["h"], ["h2"])])
+    model.graph.input.append(helper.make_tensor_value_info("w1", TensorProto.FLOAT, [4, 4]))
+    return model

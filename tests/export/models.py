@@ -116,7 +116,7 @@ class PrunedBert(nn.Module):
 
 
 class TimeMajor(nn.Module):
-    """Hidden states with time first, (T, N, d): nothing that can be carried by rows."""
+    """Hidden states with time first, (T, N, d), as nn.LSTM and nn.TransformerEncoder have them by default."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -130,6 +130,75 @@ class TimeMajor(nn.Module):
             x = torch.tanh(layer(x))
             logits.append(head(x.mean(0)))
         return tuple(logits)
+
+
+class Windowed(nn.Module):
+    """Windows folded into the row axis, (4 N, T / 4, d), and still so where the exits are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(2))
+        self.heads = nn.ModuleList(nn.Linear(6, 2) for _ in range(2))
+
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        rows, length, width = features.shape
+        x = features.reshape(rows * 4, length // 4, width)
+        logits = []
+        for layer, head in zip(self.layers, self.heads, strict=True):
+            x = torch.tanh(layer(x)) + x.mean(1, keepdim=True)
+            logits.append(head(x.reshape(rows, length, width).mean(1)))
+        return tuple(logits)
+
+
+class StridedCNN(nn.Module):
+    """Height and width change independently and shrink; `pool` is how a map becomes one row."""
+
+    def __init__(self, pool: nn.Module, pooled: int) -> None:
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 4, 3, 2, 1, bias=False), nn.BatchNorm2d(4), nn.ReLU())
+        self.depthwise = nn.ModuleList(nn.Conv2d(4, 4, 3, stride, 1, groups=4) for stride in (1, 2))
+        self.pool = pool
+        self.heads = nn.ModuleList(nn.Linear(pooled, 3) for _ in range(2))
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, ...]:
+        x = self.stem(pixels)
+        logits = []
+        for layer, head in zip(self.depthwise, self.heads, strict=True):
+            x = functional.hardswish(layer(x))
+            logits.append(head(self.pool(x).flatten(1)))
+        return tuple(logits)
+
+
+class ByKeyword(nn.Module):
+    """A wrapper as users write it around a `transformers` model with its own masks: forward takes **inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        config = BertConfig(
+            vocab_size=50, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32
+        )
+        self.bert = BertModel(config, add_pooling_layer=False)
+        self.heads = nn.ModuleList(nn.Linear(16, 2) for _ in range(2))
+
+    def forward(self, **inputs: Tensor) -> tuple[Tensor, ...]:
+        hidden = self.bert(**inputs, output_hidden_states=True).hidden_states[1:]
+        return tuple(head(x[:, 0]) for head, x in zip(self.heads, hidden, strict=True))
+
+
+class OddOutputs(nn.Module):
+    """Integers and floats in, one input that nobody reads, one that only the last exit reads; logits in FP16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.layer = nn.Embedding(9, 4), nn.Linear(8, 8)
+        self.late, self.head = nn.Linear(11, 8), nn.Linear(8, 3)
+        self.register_buffer("scale", torch.tensor([0.5, 2.0, 1.0, 3.0]))
+
+    def forward(self, dense: Tensor, code: Tensor, late: Tensor, unused: Tensor) -> list[Tensor]:
+        x = torch.tanh(self.layer(torch.cat([dense * self.scale, self.table(code)], 1)))
+        first = self.head(x)
+        x = torch.tanh(self.late(torch.cat([x, late], 1)))
+        return [first.half(), first.half() * 2, self.head(x).half()]
 
 
 class BatchNormalised(nn.Module):
@@ -173,6 +242,26 @@ def pruned_bert() -> tuple[nn.Module, Example]:
 
 def time_major() -> tuple[nn.Module, Example]:
     return with_fixed_weights(TimeMajor()), Example({"features": waves(6, 4, 6)})
+
+
+def windowed() -> tuple[nn.Module, Example]:
+    return with_fixed_weights(Windowed()), Example({"features": waves(6, 8, 6)})
+
+
+def strided_cnn(pool: nn.Module | None = None, pooled: int = 4) -> tuple[nn.Module, Example]:
+    model = with_fixed_weights(StridedCNN(pool or nn.AdaptiveAvgPool2d(1), pooled))
+    axes, ranges = {"pixels": {2: "height", 3: "width"}}, {"height": (8, 64), "width": (8, 64)}
+    return model, Example({"pixels": waves(4, 1, 16, 16)}, axes, ranges)
+
+
+def by_keyword() -> tuple[nn.Module, Example]:
+    _, example = pruned_bert()
+    return with_fixed_weights(ByKeyword()), example
+
+
+def odd_outputs() -> tuple[nn.Module, Example]:
+    inputs = {"dense": waves(5, 4), "code": torch.tensor([1, 3, 8, 0, 2]), "late": waves(5, 3), "unused": waves(5, 2)}
+    return with_fixed_weights(OddOutputs()), Example({name: inputs[name] for name in sorted(inputs)})
 
 
 def batch_normalised() -> tuple[nn.Module, Example]:
