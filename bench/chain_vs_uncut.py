@@ -47,7 +47,7 @@ from offramp.runtime.timing import interleaved_ms
 
 EXITS = (2, 4, 6)
 CASES = ((1, 8), (1, 24), (1, 64), (1, 128), (32, 24), (32, 128))  # (batch, tokens)
-JUDGED = ((1, 24), (1, 128), (32, 24), (32, 128))  # where the targets of issue 2 hold
+JUDGED = ((1, 24), (1, 128), (32, 24), (32, 128))  # where the targets hold
 TARGET_CHAIN, TARGET_FIRST = 1.03, 0.37
 WARMUP = 5
 MIN_ROUNDS, MAX_ROUNDS = 9, 400

@@ -63,7 +63,7 @@ def train(name: str, exits: str) -> None:
         print(f"{path} is there: not training again", file=sys.stderr)
         return
     resume = ["--resume"] if (path / "training.pt").is_file() else []
-    offramp("train", "-o", path, "--exits", exits, "--extra-data", "imdb-endings", *resume)
+    offramp("train", "-o", path, "--exits", exits, *resume)
 
 
 def offramp(*arguments: object, capture: bool = False) -> str:

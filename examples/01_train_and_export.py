@@ -20,7 +20,8 @@ from offramp.runtime import Runner
 
 def main(output: Path) -> None:
     everything = load_rotten_tomatoes()
-    splits = TextSplits(everything.train[:160], everything.validation[:64], everything.test[:64], everything.label_names)
+    few = everything.train[:160], everything.validation[:64], everything.test[:64]
+    splits = TextSplits(*few, everything.label_names)
 
     config = EncoderConfig(exits=(1, 2), num_classes=2)  # two layers of MiniLM, an exit after each
     checkpoint = checkpoint_from_encoder(default_encoder_path(), config, splits.label_names, max_length=64)

@@ -67,7 +67,6 @@ def main() -> None:
 @main.command()
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Checkpoint directory to write.")
 @click.option("--data", default="rotten-tomatoes", show_default=True, help="rotten-tomatoes, or a .csv/.jsonl file.")
-@click.option("--extra-data", default="", help="Texts for an epoch before the others: imdb-endings, or .csv/.jsonl.")
 @click.option("--encoder", default="", help="Directory of a pretrained BertModel.  [default: MiniLM-L6]")
 @click.option("--exits", default="2,4,6", show_default=True, help="Exits after these layers; the last one is final.")
 @click.option("--pooling", type=click.Choice(["mean", "cls"]), default="mean", show_default=True)

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from offramp.commands.dataset import ROTTEN_TOMATOES
 from offramp.commands.sources import CALIBRATION_TEXTS
-from offramp.errors import DataError, OptionError
+from offramp.errors import OptionError
 from offramp.models.checkpoint import Checkpoint, checkpoint_from_encoder
 from offramp.models.data import (
     TextSplits,
     default_encoder_path,
-    imdb_endings,
     load_rotten_tomatoes,
     load_texts,
     split_texts,
@@ -22,7 +21,6 @@ from offramp.models.encoder import EncoderConfig, Pooling
 from offramp.models.train import TrainOptions, TrainReport, resume_training, train_classifier
 from offramp.storage import write_file
 
-IMDB_ENDINGS = "imdb-endings"
 _HOLDOUT = 0.1  # share of a user's file for validation, and again for test
 _CALIBRATION_TEXTS = 256
 
@@ -32,7 +30,6 @@ class TrainRequest:
     """The options of `offramp train`, as given on the command line."""
 
     data: str
-    extra_data: str
     encoder: str
     exits: str
     pooling: Pooling
@@ -74,20 +71,10 @@ def train_checkpoint(output: Path, request: TrainRequest, resume: bool, progress
 def load_splits(request: TrainRequest) -> TextSplits:
     """The texts to train on, shared out. Rotten Tomatoes is always shared out the same way."""
     if request.data == ROTTEN_TOMATOES:
-        splits = load_rotten_tomatoes()
-    else:
-        texts = load_texts(Path(request.data))
-        held_out = max(1, round(_HOLDOUT * len(texts.examples)))
-        splits = split_texts(texts, held_out, held_out, request.seed)
-    if not request.extra_data:
-        return splits
-    extra = imdb_endings() if request.extra_data == IMDB_ENDINGS else load_texts(Path(request.extra_data))
-    if extra.label_names != splits.label_names:
-        raise DataError(
-            f"--extra-data {request.extra_data}: got labels {', '.join(extra.label_names)}, expected those of --data, "
-            f"{', '.join(splits.label_names)}"
-        )
-    return replace(splits, extra=extra.examples)
+        return load_rotten_tomatoes()
+    texts = load_texts(Path(request.data))
+    held_out = max(1, round(_HOLDOUT * len(texts.examples)))
+    return split_texts(texts, held_out, held_out, request.seed)
 
 
 def _fresh_checkpoint(request: TrainRequest, splits: TextSplits) -> Checkpoint:

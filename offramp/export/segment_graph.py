@@ -88,7 +88,7 @@ def segment_graph(
     nodes = _carried_in_nodes(probe, plan, names)
     for index in sorted(plan.nodes):
         if index in plan.sources:
-            nodes += _shape_nodes(view.nodes[index], plan.sources[index], names, constants)
+            nodes += _shape_nodes(view.nodes[index], plan.sources[index], names, constants, view.opset)
         else:
             nodes.append(rename_tensors(view.nodes[index], names))
     nodes += [_output_node(probe, name, names, output) for output, name in outputs.items() if names.get(name) != output]
@@ -179,7 +179,7 @@ def _renamed(tensor: TensorProto, name: str) -> TensorProto:
 
 
 def _shape_nodes(
-    node: NodeProto, sources: Sequence[Source], names: Mapping[str, str], constants: dict[str, TensorProto]
+    node: NodeProto, sources: Sequence[Source], names: Mapping[str, str], constants: dict[str, TensorProto], opset: int
 ) -> list[NodeProto]:
     """Nodes that make what the Shape operator `node` makes, out of lengths that are at hand."""
     result = names.get(node.output[0], node.output[0])
@@ -194,12 +194,17 @@ def _shape_nodes(
         if isinstance(source, int):
             parts.append(constant(source))
             continue
-        tensor, axis = source
-        shape, part = f"{PREFIX}{result}/shape_{position}", f"{PREFIX}{result}/length_{position}"
-        nodes.append(helper.make_node("Shape", [names.get(tensor, tensor)], [shape], shape))
-        nodes.append(helper.make_node("Gather", [shape, constant(axis)], [part], part, axis=0))
+        tensor, axis = names.get(source[0], source[0]), source[1]
+        part = result if len(sources) == 1 else f"{PREFIX}{result}/length_{position}"
+        if opset < 15:  # Shape takes all axes
+            shape = f"{PREFIX}{result}/shape_{position}"
+            nodes.append(helper.make_node("Shape", [tensor], [shape], shape))
+            nodes.append(helper.make_node("Gather", [shape, constant(axis)], [part], f"{PREFIX}Gather/{part}", axis=0))
+        else:
+            nodes.append(helper.make_node("Shape", [tensor], [part], f"{PREFIX}Shape/{part}", start=axis, end=axis + 1))
         parts.append(part)
-    nodes.append(helper.make_node("Concat", parts, [result], f"{PREFIX}{result}/Concat", axis=0))
+    if parts != [result]:
+        nodes.append(helper.make_node("Concat", parts, [result], f"{PREFIX}{result}/Concat", axis=0))
     return nodes
 
 

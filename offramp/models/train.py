@@ -143,10 +143,9 @@ def resume_training(out: Path, splits: TextSplits, progress: bool = False) -> Tr
     checkpoint = load_checkpoint(out)
     check_labels(checkpoint, splits)
     try:
-        num_train = len(splits.train) + len(splits.extra)
-        if state["num_train"] != num_train:
+        if state["num_train"] != len(splits.train):
             raise DataError(
-                f"resuming {out}: got {num_train} texts to train on, before {state['num_train']}; "
+                f"resuming {out}: got {len(splits.train)} texts to train on, before {state['num_train']}; "
                 "give the same data and seed"
             )
         options = TrainOptions(**state["options"])
@@ -175,14 +174,12 @@ class Run:
 def run_epochs(run: Run, done: tuple[EpochReport, ...]) -> TrainReport:
     """Train the epochs that are not `done`, validating and saving after each."""
     train = tokenised(run.checkpoint, run.splits.train)
-    extra = tokenised(run.checkpoint, run.splits.extra)
     validation = tokenised(run.checkpoint, run.splits.validation)
     epochs = list(done)
     with progress_bar(run.progress) as bar:
-        for epoch in range(len(done), num_epochs(run)):
+        for epoch in range(len(done), run.options.epochs):
             start = time.perf_counter()
-            texts = extra if extra.rows and not epoch else train
-            loss, steps = train_epoch(run, texts, epoch, bar)
+            loss, steps = train_epoch(run, train, epoch, bar)
             accuracy = accuracy_of(run.checkpoint.model, validation)
             epochs.append(EpochReport(loss, accuracy, time.perf_counter() - start, steps))
             if run.out is not None:
@@ -195,19 +192,15 @@ def train_epoch(run: Run, train: TokenisedTexts, epoch: int, bar: Progress) -> t
     """Take one step per batch; returns the mean loss and the number of steps."""
     model, options = run.checkpoint.model.train(), run.options
     num_steps = math.ceil(len(train.rows) / options.batch_size)
-    first = int(bool(run.splits.extra))  # the first epoch of the texts themselves
-    done, total = (epoch - first) * num_steps, options.epochs * num_steps
-    if epoch < first:  # the extra texts have a schedule of their own
-        done, total = 0, num_steps
     weights = exit_weights(len(model.config.exits), options.early_weight)
     bfloat16 = precision_of_cpu(options.precision) == "bfloat16"
-    task = bar.add_task(f"epoch {epoch + 1}/{num_epochs(run)}", total=num_steps, loss=math.nan)
+    task = bar.add_task(f"epoch {epoch + 1}/{options.epochs}", total=num_steps, loss=math.nan)
     seed = epoch_seed(options.seed, epoch)
     losses = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         for step, batch in enumerate(batches(train.rows, train.labels, options.batch_size, seed)):
-            set_learning_rates(run.optimizer, options, done + step, total)
+            set_learning_rates(run.optimizer, options, epoch * num_steps + step, options.epochs * num_steps)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
                 logits = logits_of(model, batch)  # E tensors (N, C)
             loss = joint_loss(logits, torch.from_numpy(batch.labels), weights)
@@ -217,11 +210,6 @@ def train_epoch(run: Run, train: TokenisedTexts, epoch: int, bar: Progress) -> t
             losses.append(checked_loss(loss, epoch, step))
             advance(bar, task, losses[-1])
     return sum(losses) / len(losses), len(losses)
-
-
-def num_epochs(run: Run) -> int:
-    """Return the number of epochs, with the one over the extra texts that comes first where there are any."""
-    return run.options.epochs + bool(run.splits.extra)
 
 
 def checked_loss(loss: Tensor, epoch: int, step: int) -> float:
@@ -295,13 +283,13 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 def training_state(run: Run, epochs: Sequence[EpochReport]) -> dict[str, Any] | None:
     """Return what resuming needs, or None after the last epoch."""
-    if len(epochs) == num_epochs(run):
+    if len(epochs) == run.options.epochs:
         return None
     return {
         "options": asdict(run.options),
         "optimizer": run.optimizer.state_dict(),
         "epochs": [asdict(epoch) for epoch in epochs],
-        "num_train": len(run.splits.train) + len(run.splits.extra),
+        "num_train": len(run.splits.train),
     }
 
 

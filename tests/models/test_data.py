@@ -13,7 +13,6 @@ from offramp.models.data import (
     TextExample,
     batches,
     default_encoder_path,
-    imdb_endings,
     installed_file,
     load_rotten_tomatoes,
     load_texts,
@@ -41,17 +40,6 @@ def test_rotten_tomatoes_is_shared_out_evenly_and_disjointly() -> None:
     # Fixed, so that a result on one machine can be compared with a result on another.
     joined = "\n".join(texts_of(splits.test)).encode()
     assert hashlib.sha256(joined).hexdigest()[:16] == TEST_SPLIT_DIGEST
-
-
-def test_imdb_endings_are_short_balanced_and_in_no_order_of_label() -> None:
-    endings = imdb_endings()
-    labels = np.array([example.label for example in endings.examples])
-    assert len(labels) == 10_000
-    assert max(len(example.text.split()) for example in endings.examples) == 40
-    assert abs(labels.mean() - 0.5) < 0.02
-    assert abs(labels[:1000].mean() - 0.5) < 0.05
-    held_out = {normalised(example.text) for example in load_rotten_tomatoes().test}
-    assert held_out.isdisjoint(normalised(example.text) for example in endings.examples)
 
 
 def test_the_default_encoder_is_found() -> None:
