@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 
-@dataclass(frozen=True, slots=True)
-class SegmentOutput:
-    """What one segment said about its S rows."""
+class SegmentOutput(NamedTuple):
+    """What one segment said about its S rows. A tuple, because one is made per segment and request."""
 
     carry: Any  # for the next engine of the same backend; what it is and where it lives is the backend's affair
     logits: NDArray[np.float32]  # (S, C)

@@ -52,12 +52,12 @@ class OnnxRuntimeEngine:
         """See Engine.run. Raises BackendError when ONNX Runtime fails or the engine is closed."""
         if self._session is None:
             raise BackendError(f"running segment {self._index}: the engine is closed; open the bundle again")
-        feed: dict[str, Any] = {INVERSE_TEMPERATURE: np.asarray(inverse_temperature)}
         if self._index:
+            feed = dict(zip(self._carry_names, carry, strict=True))
             feed[ROWS] = rows
-            feed.update(zip(self._carry_names, carry, strict=True))
         else:
-            feed.update((name, carry[name]) for name in self._model_inputs)
+            feed = {name: carry[name] for name in self._model_inputs}
+        feed[INVERSE_TEMPERATURE] = np.asarray(inverse_temperature)  # a 0-d array: it takes no numpy scalar
         try:
             *carried, logits, prediction, scores = self._session.run(self._outputs, feed)
         except Exception as exc:  # ONNX Runtime's errors have no common base below Exception

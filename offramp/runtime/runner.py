@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -133,12 +133,14 @@ class Runner:
         self._check_open()
         arrays, num_rows = checked_inputs(inputs, self.manifest)
         setting = self._setting
-        result = _empty_result(num_rows, self.manifest.exits[0].num_classes)
+        parts: list[_Part] = []
         for start in range(0, num_rows, self._max_rows):
             live = np.arange(start, min(start + self._max_rows, num_rows))
-            chunk = {name: array[start : start + len(live)] for name, array in arrays.items()}
-            self._run_chunk(chunk, live, setting, result)
-        return result
+            chunk = arrays
+            if len(live) < num_rows:
+                chunk = {name: array[start : start + len(live)] for name, array in arrays.items()}
+            self._run_chunk(chunk, live, setting, parts)
+        return _result_from_parts(parts, num_rows, self.manifest.exits[0].num_classes, setting.column)
 
     def record(
         self,
@@ -176,51 +178,68 @@ class Runner:
             raise OptionError("runner: it was closed; open it again with `Runner.open(bundle)`")
 
     def _run_chunk(
-        self, inputs: dict[str, NDArray[Any]], live: NDArray[np.int64], setting: _Setting, result: Result
+        self, inputs: dict[str, NDArray[Any]], live: NDArray[np.int64], setting: _Setting, parts: list[_Part]
     ) -> None:
-        """Answer the rows `live` (S,) of the request, whose inputs are `inputs`."""
+        """Answer the rows `live` (S,) of the request, whose inputs are `inputs`; adds `parts` that leave together.
+
+        What ends up cold in the caches between two segments costs ten times its warm price, so a segment that
+        nobody leaves, or that everybody leaves, touches no array that it need not.
+        """
         final = len(self.engines) - 1
         carry: Any = inputs
-        rows = np.arange(len(live))  # (S,) positions in the previous segment's output
+        rows = everyone = np.arange(len(live))  # (S,) positions in the previous segment's output
         for k, engine in enumerate(self.engines):
             out = engine.run(carry, rows, setting.inverse_temperatures[k])
-            if k == final:
-                leaves, reason = np.ones(len(live), np.bool_), FINAL
-            else:
-                leaves, reason = setting.policy.decide(k, out.scores)
-            _write_leavers(result, live, leaves, out, (k, setting.column, reason))
-            rows = (~leaves).nonzero()[0]
-            if not len(rows):
-                break
-            live = live[rows]
             carry = out.carry
+            if k == final:
+                parts.append(_Part(live, out, k, FINAL))
+                return
+            leaves, reason = setting.policy.decide(k, out.scores)
+            left = leaves.tolist()
+            if False not in left:
+                parts.append(_Part(live, out, k, reason))
+                return
+            if True in left:
+                gone = SegmentOutput(None, out.logits[leaves], out.prediction[leaves], out.scores[leaves])
+                parts.append(_Part(live[leaves], gone, k, reason))
+                rows = (~leaves).nonzero()[0]
+                live = live[rows]
+            else:
+                rows = everyone[: len(live)]
 
 
-def _empty_result(num_rows: int, num_classes: int) -> Result:
-    return Result(
+class _Part(NamedTuple):
+    """Rows that left together."""
+
+    positions: NDArray[np.int64]  # (L,) in the request
+    out: SegmentOutput  # of these L rows
+    exit_index: int
+    reason: str
+
+
+def _result_from_parts(parts: list[_Part], num_rows: int, num_classes: int, column: int) -> Result:
+    """The answers of all parts in the order of the request."""
+    if len(parts) == 1:
+        _, out, exit_index, reason = parts[0]
+        return Result(
+            {"logits": out.logits},
+            out.prediction,
+            np.full(num_rows, exit_index),
+            out.scores[:, column],
+            [reason] * num_rows,
+        )
+    result = Result(
         {"logits": np.empty((num_rows, num_classes), np.float32)},
         np.empty(num_rows, np.int64),
         np.empty(num_rows, np.int64),
         np.empty(num_rows, np.float32),
         [""] * num_rows,
     )
-
-
-def _write_leavers(
-    result: Result,
-    live: NDArray[np.int64],  # (S,) positions in the request
-    leaves: NDArray[np.bool_],  # (S,)
-    out: SegmentOutput,
-    where: tuple[int, int, str],
-) -> None:
-    """Write the answers of the rows that leave; `where` is exit, score column, reason."""
-    exit_index, column, reason = where
-    answered = live[leaves]  # (L,)
-    if not len(answered):
-        return
-    result.outputs["logits"][answered] = out.logits[leaves]
-    result.prediction[answered] = out.prediction[leaves]
-    result.exit_index[answered] = exit_index
-    result.score[answered] = out.scores[leaves, column]
-    for position in answered.tolist():
-        result.reason[position] = reason
+    for positions, out, exit_index, reason in parts:
+        result.outputs["logits"][positions] = out.logits
+        result.prediction[positions] = out.prediction
+        result.exit_index[positions] = exit_index
+        result.score[positions] = out.scores[:, column]
+        for position in positions.tolist():
+            result.reason[position] = reason
+    return result
