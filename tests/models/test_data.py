@@ -24,7 +24,7 @@ from offramp.models.data import (
     token_ids,
 )
 
-TEST_SPLIT_DIGEST = "85b2bdf1f48a93ec"
+TEST_SPLIT_DIGEST = "4738e0e11eda9356"
 
 
 def test_rotten_tomatoes_is_shared_out_evenly_and_disjointly() -> None:

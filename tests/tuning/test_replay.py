@@ -80,7 +80,7 @@ def test_scores_are_those_of_the_segments_score_head(num_classes):
     onnxruntime = pytest.importorskip("onnxruntime")
     from offramp.export.score_head import score_head
 
-    nodes, constants = score_head(num_classes)
+    nodes, constants = score_head(num_classes, opset=20)
     float32 = onnx.TensorProto.FLOAT
     value = onnx.helper.make_tensor_value_info
     graph = onnx.helper.make_graph(
