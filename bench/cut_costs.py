@@ -117,7 +117,7 @@ def make_calls() -> dict[str, Call]:
 
 
 def prices_from_medians(median_ns: dict[str, float]) -> dict[str, float]:
-    """Prices as costs.CostModel has them, and what its one price of a byte is an average of."""
+    """Prices as costs.CostModel has them."""
     kib = float(np.prod(WIDE)) * 4 / 1024
     carry_ns = (median_ns["more carried"] - median_ns["1 carried"]) / (MORE - 1)
     wide_carry_ns = (median_ns["more carried, wide"] - median_ns["1 carried, wide"]) / (MORE - 1)
@@ -128,7 +128,7 @@ def prices_from_medians(median_ns: dict[str, float]) -> dict[str, float]:
         "carry_ns": carry_ns,
         "launch_ns": launch_ns,
         "ns_per_kib": (wide_launch_ns - launch_ns) / (3 * kib),  # two tensors read, one written
-        "ns_per_kib_carried": (wide_carry_ns - carry_ns) / kib,
+        "carry_ns_per_kib": (wide_carry_ns - carry_ns) / kib,
         "ns_per_kflop": (product_ns - launch_ns) / (_FLOPS / 1000),
     }
 

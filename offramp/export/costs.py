@@ -26,10 +26,11 @@ class CostModel:
     """Prices on ONNX Runtime's CPU provider, measured by bench/cut_costs.py (bench/results/cut_costs.json)."""
 
     rows: int = 1  # the batch that prices are for: a gateway answers one request at a time
-    carry_ns: float = 9_000  # one tensor more at a boundary: its gather, its way out to numpy and in again
-    launch_ns: float = 2_500  # one small operator more
-    ns_per_kib: float = 45  # moving memory once, read and written
-    ns_per_kflop: float = 20  # small matrix products
+    carry_ns: float = 3_700  # one tensor more at a boundary: its gather, its way out to numpy and in again
+    carry_ns_per_kib: float = 160  # of such a tensor: written, gathered, read again from cold memory
+    launch_ns: float = 1_600  # one small operator more
+    ns_per_kib: float = 12  # read or written by an operator
+    ns_per_kflop: float = 13  # small matrix products
 
     def problem(self, view: GraphView, probe: Probe, reads: Sequence[Sequence[str]]) -> CutProblem:
         """The cut problem of `view` when node i really needs the data of the tensors `reads[i]`."""
@@ -45,9 +46,9 @@ class CostModel:
         facts = probe.tensors[name]
         if facts.row_axis is None:
             return None
-        moved_ns = self.ns_per_kib * self.rows * facts.bytes_per_row / 1024
-        turned_ns = 2 * (self.launch_ns + moved_ns) if facts.row_axis else 0  # rows to the front, and back
-        return round(self.carry_ns + moved_ns + turned_ns)
+        kib = self.rows * facts.bytes_per_row / 1024
+        turned_ns = 2 * (self.launch_ns + 2 * self.ns_per_kib * kib) if facts.row_axis else 0  # to the front, and back
+        return round(self.carry_ns + self.carry_ns_per_kib * kib + turned_ns)
 
     def _rerun_ns(self, probe: Probe, node: NodeProto, made: tuple[str, ...], depends_on_data: bool) -> int | None:
         has_weight = any(name and name not in probe.tensors for name in node.input)

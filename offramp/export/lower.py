@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import tempfile
 import warnings
 from collections.abc import Iterator, Sequence
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import ModelProto, TensorProto, TensorShapeProto
+from onnx import ModelProto, TensorProto, TensorShapeProto, numpy_helper
 
 from offramp.errors import ModelError
 from offramp.export.chain import Arrays
@@ -47,6 +48,7 @@ def fp16_from_segment(model: ModelProto, feeds: Sequence[Arrays]) -> ModelProto:
                 keep_io_types=True,
                 calibration_data=str(data),
                 nodes_to_exclude=[f"{PREFIX}.*"],
+                nodes_to_include=_lookups(model),
                 op_types_to_exclude=_FP32_OPERATORS,
                 data_max=_MAX_ABS_VALUE,
                 providers=["cpu"],  # its default is a list that it changes when it meets a custom operator
@@ -57,6 +59,21 @@ def fp16_from_segment(model: ModelProto, feeds: Sequence[Arrays]) -> ModelProto:
                 f"without"
             ) from exc
     return _normalised(lowered, model)
+
+
+def _lookups(model: ModelProto) -> list[str]:
+    """Patterns for the names of the Gathers that read a table of weights which FP16 can hold.
+
+    AutoCast looks at all values that pass a node, at the indices too: a token id above its limit would keep the
+    whole table of words in FP32.
+    """
+    tables = {tensor.name: tensor for tensor in model.graph.initializer if tensor.data_type == TensorProto.FLOAT}
+    return [
+        f"^{re.escape(node.name)}$"
+        for node in model.graph.node
+        if node.op_type == "Gather" and node.name and node.input[0] in tables
+        if np.abs(numpy_helper.to_array(tables[node.input[0]])).max() < _MAX_ABS_VALUE
+    ]
 
 
 def _suspects(model: ModelProto) -> str:

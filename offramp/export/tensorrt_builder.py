@@ -7,12 +7,15 @@ nothing of bundles, writes no plan to disk and runs none.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import functools
 import importlib
+import os
 import re
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -144,12 +147,26 @@ def plan_from_onnx(
         log.messages.clear()
         monitor = progress_monitor(backend.module, on_progress)  # outlives the builder, which is made below
         try:
-            content, fp16_share = _build(model, profile, precision, backend, (log, monitor))
+            with _stdout_spared():
+                content, fp16_share = _build(model, profile, precision, backend, (log, monitor))
             on_progress(1.0, "Built")  # TensorRT leaves out the last steps
         except KeyboardInterrupt as exc:
             raise BuildError("building a plan: cancelled; run the command again to go on") from exc
     _check_header(content, backend)
     return BuiltPlan(content, fp16_share, time.perf_counter() - started)
+
+
+@contextlib.contextmanager
+def _stdout_spared() -> Iterator[None]:
+    """Send what the builder's C++ prints to stderr: past its logger it warns of lossy casts where JSON should go."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def _build(
