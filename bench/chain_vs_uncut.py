@@ -9,7 +9,7 @@ one such fixed cost.
 
 Measured: MiniLM-L6 (pretrained encoder, random exit heads) with exits after layers 2, 4 and 6, cut and written as
 a bundle. `uncut` is the same graph with the final logits as its only output and everything removed that only other
-exits need. All sessions have the options of the runtime's engine: same threads, no spinning. Interleaved call by
+exits need. All sessions have the options of the runtime's engine: same threads and spinning. Interleaved call by
 call; `ratio` is a quotient of medians. Sessions are opened anew `--openings` times, because where weights land in
 memory moves a ratio by a percent; the median over openings counts.
 """
