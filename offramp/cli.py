@@ -99,7 +99,7 @@ def train(output: Path, resume: bool, as_json: bool, **options: Any) -> None:
 @click.option("--precision", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True)
 @click.option("--atol", default=2e-2, show_default=True, help="Absolute difference allowed between FP16 and FP32.")
 @click.option("--rtol", default=1e-2, show_default=True, help="Relative difference allowed between FP16 and FP32.")
-@click.option("--calibration-data", default="", help="Real inputs for FP16: .npz, or texts as .csv/.jsonl.")
+@click.option("--calibration-data", default="", help="Real inputs for FP16: .npz, Polygraphy .json, .csv/.jsonl texts.")
 @click.option("--dimension", multiple=True, metavar="NAME=MIN:MAX", help="Range of a dynamic dimension of an .onnx.")
 @JSON
 def export(model: str, output: Path, exits: str, precision: str, as_json: bool, **options: Any) -> None:

@@ -109,6 +109,21 @@ def test_export_an_onnx_file_with_exits_and_calibration_data(tmp_path: Path) -> 
     assert described["parity"]["rows"] == 20
 
 
+def test_calibration_data_as_polygraphy_saves_it(tmp_path: Path) -> None:
+    from polygraphy.json import save_json
+
+    model, inputs = tmp_path / "odd.onnx", tmp_path / "inputs.json"
+    model.write_bytes(graphs.odd_names().SerializeToString())
+    random = np.random.default_rng(0)
+    save_json([{"x:0": random.standard_normal((3, 4)).astype(np.float32)} for _ in range(2)], str(inputs))
+    options = ("--exits", "exit one,Exit/2", "--calibration-data", inputs, "--precision", "fp32", "--json")
+    assert answer_of("export", model, "-o", tmp_path / "bundle", *options)["parity"]["rows"] == 6
+    inputs.write_text("nonsense")
+    refused = offramp("export", model, "-o", tmp_path / "other", *options)
+    assert refused.exit_code == 2
+    assert "polygraphy run --save-inputs" in refused.output
+
+
 MISTAKES = {
     "no such model": (("export", "nothing", "-o", "{tmp}/b"), 2, "expected a checkpoint directory"),
     "no such factory": (("export", "tests.nothing:at_all", "-o", "{tmp}/b"), 2, "package.module:factory"),

@@ -41,15 +41,34 @@ def source_from_argument(
         source = source_from_factory(model, opset, exits)
         if not calibration_data:
             return source
-        return replace(source, calibration=batches_from_npz(Path(calibration_data), source.inputs))
+        return replace(source, calibration=batches_from_file(Path(calibration_data), source.inputs))
     raise OptionError(
         f"model {model!r}: expected a checkpoint directory of `offramp train`, an .onnx file, or package.module:factory"
     )
 
 
-def batches_from_npz(path: Path, inputs: Sequence[InputSpec]) -> tuple[Arrays, ...]:
-    """The arrays of an .npz file, one per model input, in batches. Raises DataError."""
-    arrays = arrays_from_npz(path)
+def batches_from_file(path: Path, inputs: Sequence[InputSpec]) -> tuple[Arrays, ...]:
+    """Real inputs from a file, in batches: an .npz with an array per input, or what `polygraphy run` saved.
+
+    Polygraphy's `--save-inputs` writes a .json with a list of feeds, batches as they were run. Raises DataError.
+    """
+    if path.suffix != ".json":
+        return _batches(path, dict(arrays_from_npz(path)), inputs)
+    from polygraphy.exception import PolygraphyException
+    from polygraphy.json import load_json
+
+    try:
+        feeds = [dict(feed) for feed in load_json(str(path))]
+    except (OSError, ValueError, TypeError, PolygraphyException) as exc:
+        raise DataError(f"reading {path}: {exc}; expected inputs that `polygraphy run --save-inputs` wrote") from exc
+    batches = [batch for feed in feeds[:_MAX_BATCHES] for batch in _batches(path, feed, inputs)]
+    if not batches:
+        raise DataError(f"{path} holds no inputs, expected at least one feed")
+    return tuple(batches)
+
+
+def _batches(path: Path, arrays: Arrays, inputs: Sequence[InputSpec]) -> tuple[Arrays, ...]:
+    """One set of arrays, checked against the model's inputs, in batches."""
     if missing := [spec.name for spec in inputs if spec.name not in arrays]:
         raise DataError(f"{path} holds {', '.join(arrays)}; missing {', '.join(missing)}")
     for spec in inputs:
@@ -69,7 +88,7 @@ def _from_onnx(
     source = source_from_onnx(path, exits, dimensions, {})
     if not calibration_data:
         return source
-    batches = batches_from_npz(Path(calibration_data), source.inputs)
+    batches = batches_from_file(Path(calibration_data), source.inputs)
     return replace(source_from_onnx(path, exits, dimensions, batches[0]), calibration=batches)
 
 

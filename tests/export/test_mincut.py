@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from offramp.export.capture import DEFAULT_OPSET
 from offramp.export.costs import CostModel
 from offramp.export.graph import GraphView
 from offramp.export.mincut import CutProblem, minimum_carry
 from offramp.export.probe import probe_graph
-from tests.export.test_cut import GRAPHS, source_from_graph
+from offramp.export.source import source_from_model
+from tests.export.test_cut import FACTORIES, GRAPHS, source_from_graph
 
 
 def cheapest_by_brute_force(problem: CutProblem, existing: frozenset[int], needed: frozenset[int]) -> int:
@@ -82,10 +84,14 @@ def test_later_boundaries_never_miss_what_earlier_ones_left(
     assert all(name in maker or name in ("x", "y") for name in late.tensors)
 
 
-@pytest.mark.parametrize("name", GRAPHS)
+@pytest.mark.parametrize("name", [*GRAPHS, "residual CNN", "two streams", "shared weights"])
 def test_real_graphs_are_cut_minimally(tmp_path, name: str) -> None:
-    make, exits = GRAPHS[name]
-    source = source_from_graph(make(), exits, tmp_path)
+    if name in GRAPHS:
+        make, exits = GRAPHS[name]
+        source = source_from_graph(make(), exits, tmp_path)
+    else:
+        source = source_from_model("m", *FACTORIES[name](), DEFAULT_OPSET)
+        exits = source.exits
     view = GraphView(source.graph)
     probe = probe_graph(view, source.inputs, source.dimensions, source.example)
     reads = [() if node.op_type == "Shape" else view.reads[i] for i, node in enumerate(view.nodes)]
