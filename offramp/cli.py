@@ -37,7 +37,6 @@ def _fail(exc: OfframpError, code: int) -> NoReturn:
     raise click.exceptions.Exit(code) from exc
 
 
-Command = Callable[..., None]
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text.")
 BACKEND = click.option("--backend", default="auto", show_default=True, help="What runs the segments.")

@@ -9,13 +9,13 @@ from onnx import ModelProto
 
 from offramp.bundle import Manifest, file_record
 from offramp.errors import BundleError
-from offramp.export.export_bundle import reference_path
+from offramp.export.export_bundle import WHOLE, reference_path
 from offramp.export.graph import GraphView
 
 
 def load_reference(bundle: Path, manifest: Manifest) -> ModelProto:
     """The whole graph beside the bundle, all exits as outputs. Raises BundleError when it is not this bundle's."""
-    path = reference_path(bundle) / "whole.onnx"
+    path = reference_path(bundle) / WHOLE
     try:
         content = path.read_bytes()
     except OSError as exc:

@@ -11,7 +11,7 @@ from offramp.bundle import load_manifest, read_file, read_policy
 from offramp.commands.uncut import load_reference
 from offramp.errors import DataError
 from offramp.export.chain import Arrays, Chain
-from offramp.export.export_bundle import reference_path
+from offramp.export.export_bundle import INPUTS, reference_path
 from offramp.export.verify import Parity, verify_fp32
 
 
@@ -37,7 +37,7 @@ def verify_bundle(bundle: Path) -> Parity:
 
 
 def _inputs(bundle: Path) -> Arrays:
-    path = reference_path(bundle) / "inputs.npz"
+    path = reference_path(bundle) / INPUTS
     try:
         with np.load(path, allow_pickle=False) as archive:
             return {name: archive[name] for name in archive.files}

@@ -40,6 +40,7 @@ from offramp.storage import staged_directory
 
 PRECISIONS = ("fp32", "fp16")
 WHOLE = "whole.onnx"  # in the reference: the graph that was cut
+INPUTS = "inputs.npz"  # beside it: real inputs to verify with
 # Tools whose version decides the bytes of a graph.
 _TOOLS = ("offramp", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "nvidia-modelopt")
 _VERIFIED_BATCHES = 16
@@ -225,7 +226,7 @@ def _write(
     np.savez(samples, allow_pickle=False, **source.calibration[0])
     with staged_directory(reference_path(bundle)) as beside, staged_directory(bundle) as staging:
         (beside / WHOLE).write_bytes(whole)
-        (beside / "inputs.npz").write_bytes(samples.getvalue())
+        (beside / INPUTS).write_bytes(samples.getvalue())
         for records in files.values():
             for record, content in records:
                 path = staging / record.path
