@@ -15,6 +15,12 @@ class SegmentOutput(NamedTuple):
     logits: NDArray[np.float32]  # (S, C)
     prediction: NDArray[np.int64]  # (S,)
     scores: NDArray[np.float32]  # (S, 3): max probability, margin, normalised entropy, all in [0, 1]
+    learned: NDArray[np.float32] | None = None  # (S,) in [0, 1]: the model's own confidence, where it has one
+
+    def rows(self, keep: NDArray[Any]) -> SegmentOutput:
+        """What was said about the rows `keep`, positions or a mask; without the carry."""
+        learned = None if self.learned is None else self.learned[keep]
+        return SegmentOutput(None, self.logits[keep], self.prediction[keep], self.scores[keep], learned)
 
 
 class Engine(Protocol):

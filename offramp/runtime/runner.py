@@ -15,9 +15,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle import ROWS, SCORES, Manifest, load_manifest, read_file, read_policy
+from offramp.bundle import ROWS, Manifest, load_manifest, read_file, read_policy
 from offramp.errors import BundleError, OptionError
-from offramp.policy import FINAL, Policy
+from offramp.policy import FINAL, Policy, score_values
 from offramp.runtime.backends import open_engines
 from offramp.runtime.engine import Engine, SegmentOutput
 from offramp.runtime.inputs import checked_inputs
@@ -38,16 +38,20 @@ class Result:
 
 
 @dataclass(frozen=True, slots=True)
-class _Setting:
+class Setting:
     """A policy and what follows from it, swapped as one."""
 
-    policy: Policy
+    policy: Policy  # for requests without a source, or from one it does not name
+    sources: Mapping[str, Policy]  # the others'
     inverse_temperatures: tuple[np.float32, ...]  # E
-    column: int  # of `scores`
+
+    def policy_of(self, source: str) -> Policy:
+        """The policy for a request from `source`."""
+        return self.sources.get(source, self.policy) if source else self.policy
 
 
 class Runner:
-    """A model cut into segments, ready to answer. One thread at a time; the policy may be set from any."""
+    """A model cut into segments, ready to answer, from as many threads as one likes."""
 
     def __init__(
         self,
@@ -110,14 +114,16 @@ class Runner:
     @property
     def policy(self) -> Policy:
         """The policy of the next request; a request under way finishes under the one it began with."""
-        return self._setting.policy
+        return self._policy
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
         num_exits = len(self.manifest.exits)
         policy.check_exits(num_exits)
+        sources = {source: policy.for_source(source) for source in policy.sources}
         inverse = tuple(policy.inverse_temperatures(num_exits))
-        self._setting = _Setting(policy, inverse, SCORES.index(policy.score))
+        self._policy = policy
+        self.setting = Setting(policy, sources, inverse)  # one assignment: a request sees the old one or the new one
 
     def encode(self, texts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
         """The inputs for `texts`, padded to the longest. Raises InputError, BackendError or BundleError."""
@@ -128,19 +134,23 @@ class Runner:
             )
         return self._text.encode(texts)
 
-    def run(self, inputs: Mapping[str, NDArray[Any]]) -> Result:
-        """Answer N >= 0 rows; any N, split where the bundle's maximum asks for it. Raises InputError."""
+    def run(self, inputs: Mapping[str, NDArray[Any]], source: str = "") -> Result:
+        """Answer N >= 0 rows; any N, split where the bundle's maximum asks for it. Raises InputError.
+
+        `source` says where the request comes from, for a policy that treats sources differently.
+        """
         self._check_open()
         arrays, num_rows = checked_inputs(inputs, self.manifest)
-        setting = self._setting
-        parts: list[_Part] = []
+        setting = self.setting
+        policy = setting.policy_of(source)
+        parts: list[Part] = []
         for start in range(0, num_rows, self._max_rows):
             live = np.arange(start, min(start + self._max_rows, num_rows))
             chunk = arrays
             if len(live) < num_rows:
                 chunk = {name: array[start : start + len(live)] for name, array in arrays.items()}
-            self._run_chunk(chunk, live, setting, parts)
-        return _result_from_parts(parts, num_rows, self.manifest.exits[0].num_classes, setting.column)
+            self._run_chunk(chunk, live, policy, setting.inverse_temperatures, parts)
+        return result_from_parts(parts, num_rows, self.manifest.exits[0].num_classes, policy.score)
 
     def record(
         self,
@@ -178,7 +188,12 @@ class Runner:
             raise OptionError("runner: it was closed; open it again with `Runner.open(bundle)`")
 
     def _run_chunk(
-        self, inputs: dict[str, NDArray[Any]], live: NDArray[np.int64], setting: _Setting, parts: list[_Part]
+        self,
+        inputs: dict[str, NDArray[Any]],
+        live: NDArray[np.int64],
+        policy: Policy,
+        inverse_temperatures: tuple[np.float32, ...],
+        parts: list[Part],
     ) -> None:
         """Answer the rows `live` (S,) of the request, whose inputs are `inputs`; adds `parts` that leave together.
 
@@ -187,28 +202,29 @@ class Runner:
         """
         final = len(self.engines) - 1
         carry: Any = inputs
+        state = None
         rows = everyone = np.arange(len(live))  # (S,) positions in the previous segment's output
         for k, engine in enumerate(self.engines):
-            out = engine.run(carry, rows, setting.inverse_temperatures[k])
+            out = engine.run(carry, rows, inverse_temperatures[k])
             carry = out.carry
             if k == final:
-                parts.append(_Part(live, out, k, FINAL))
+                parts.append(Part(live, out, k, FINAL))
                 return
-            leaves, reason = setting.policy.decide(k, out.scores)
+            leaves, reason, state = policy.decide(k, out, state)
             left = leaves.tolist()
             if False not in left:
-                parts.append(_Part(live, out, k, reason))
+                parts.append(Part(live, out, k, reason))
                 return
             if True in left:
-                gone = SegmentOutput(None, out.logits[leaves], out.prediction[leaves], out.scores[leaves])
-                parts.append(_Part(live[leaves], gone, k, reason))
+                parts.append(Part(live[leaves], out.rows(leaves), k, reason))
                 rows = (~leaves).nonzero()[0]
                 live = live[rows]
+                state = state.rows(rows) if state else None
             else:
                 rows = everyone[: len(live)]
 
 
-class _Part(NamedTuple):
+class Part(NamedTuple):
     """Rows that left together."""
 
     positions: NDArray[np.int64]  # (L,) in the request
@@ -217,7 +233,7 @@ class _Part(NamedTuple):
     reason: str
 
 
-def _result_from_parts(parts: list[_Part], num_rows: int, num_classes: int, column: int) -> Result:
+def result_from_parts(parts: Sequence[Part], num_rows: int, num_classes: int, score: str) -> Result:
     """The answers of all parts in the order of the request."""
     if len(parts) == 1:
         _, out, exit_index, reason = parts[0]
@@ -225,7 +241,7 @@ def _result_from_parts(parts: list[_Part], num_rows: int, num_classes: int, colu
             {"logits": out.logits},
             out.prediction,
             np.full(num_rows, exit_index),
-            out.scores[:, column],
+            score_values(score, out),
             [reason] * num_rows,
         )
     result = Result(
@@ -239,7 +255,7 @@ def _result_from_parts(parts: list[_Part], num_rows: int, num_classes: int, colu
         result.outputs["logits"][positions] = out.logits
         result.prediction[positions] = out.prediction
         result.exit_index[positions] = exit_index
-        result.score[positions] = out.scores[:, column]
+        result.score[positions] = score_values(score, out)
         for position in positions.tolist():
             result.reason[position] = reason
     return result

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +25,15 @@ class Replay:
     exit_index: NDArray[np.int64]  # (N,) in [0, E)
     prediction: NDArray[np.int64]  # (N,)
     reason: NDArray[np.str_]  # (N,)
+
+
+class _Recorded(NamedTuple):
+    """What a trace says about S rows at one exit, as a policy wants it: see policy.ExitOutput."""
+
+    logits: NDArray[np.float32]
+    prediction: NDArray[np.int64]
+    scores: NDArray[np.float32]
+    learned: NDArray[np.float32] | None = None
 
 
 def scores_from_logits(logits: NDArray[np.float32], inverse_temperature: np.float32 | float) -> NDArray[np.float32]:
@@ -59,7 +69,7 @@ def scores_at(trace: Trace, inverse_temperatures: NDArray[np.float32]) -> NDArra
 
 
 def replay(policy: Policy, trace: Trace) -> Replay:
-    """What `policy` does with every row of `trace`.
+    """What `policy` does with every row of `trace`; for one source, replay `policy.for_source(source)`.
 
     Raises OptionError when it is for another number of exits.
     """
@@ -68,11 +78,13 @@ def replay(policy: Policy, trace: Trace) -> Replay:
     num_rows, final = len(trace.logits), trace.num_exits - 1
     exit_index = np.full(num_rows, final, np.int64)
     live = np.arange(num_rows)
-    reasons = []
+    reasons, state = [], None
     for k in range(final):
-        leaves, reason = policy.decide(k, scores[live, k])
+        out = _Recorded(trace.logits[live, k], trace.predictions[live, k], scores[live, k])
+        leaves, reason, state = policy.decide(k, out, state)
         exit_index[live[leaves]] = k
         live = live[~leaves]
+        state = state.rows(~leaves) if state else None
         reasons.append(reason)
     prediction = trace.predictions[np.arange(num_rows), exit_index]
     return Replay(exit_index, prediction, np.array([*reasons, FINAL])[exit_index])

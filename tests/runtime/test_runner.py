@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from policies import Said, lets_go, random_policies
 
 from offramp.bundle import SCORES, ExitSpec
 from offramp.errors import BundleError, OptionError
-from offramp.policy import FINAL, Policy
+from offramp.policy import FINAL, Policy, Veto
 from offramp.runtime import FakeEngine, Result, Runner, SegmentOutput, fake_runner
 from offramp.runtime.fake import X, fake_manifest
+from offramp.tuning.replay import replay
 
 NUM_EARLY = tiny.NUM_SEGMENTS - 1
 
@@ -23,9 +26,7 @@ token_lists = st.lists(
     st.lists(st.integers(0, tiny.NUM_TOKENS - 1), min_size=1, max_size=tiny.MAX_LENGTH),
     max_size=2 * tiny.MAX_ROWS + 3,
 )
-limits = st.lists(st.none() | st.floats(0, 1), min_size=NUM_EARLY, max_size=NUM_EARLY)
-temperatures = st.just([]) | st.lists(st.floats(0.5, 4), min_size=NUM_EARLY + 1, max_size=NUM_EARLY + 1)
-policies = st.builds(Policy.thresholds, st.sampled_from(SCORES), limits, temperatures)
+policies = random_policies(tiny.NUM_SEGMENTS)
 property_test = settings(max_examples=60, deadline=None)
 
 
@@ -36,18 +37,20 @@ def answer_row_by_row(runner: Runner, inputs: tiny.Inputs, policy: Policy) -> Re
     logits = np.empty((num_rows, tiny.NUM_CLASSES), np.float32)
     result = Result({"logits": logits}, *np.zeros((2, num_rows), np.int64), np.zeros(num_rows, np.float32), [])
     for row in range(num_rows):
-        carry = {name: array[row : row + 1] for name, array in inputs.items()}
+        carry: object = {name: array[row : row + 1] for name, array in inputs.items()}
+        heard: list[Said] = []
+        state = None
         for k, engine in enumerate(runner.engines):
             out = engine.run(carry, np.array([0]), inverse[k])
             carry = out.carry
-            limit = policy.limits[k] if policy.limits and k < NUM_EARLY else None
-            score = out.scores[0, column]
-            is_sure = limit is not None and (score <= limit if policy.score == "entropy" else score >= limit)
-            if is_sure or k == NUM_EARLY:
+            heard.append(Said(out.logits, out.prediction, out.scores))
+            _, reason, state = policy.decide(k, out, state)
+            may_leave = k < NUM_EARLY and lets_go(policy, heard, tiny.NUM_SEGMENTS)
+            if may_leave or k == NUM_EARLY:
                 break
         logits[row], result.prediction[row], result.exit_index[row] = out.logits[0], out.prediction[0], k
-        result.score[row] = score
-        result.reason.append(policy.score if is_sure else FINAL)
+        result.score[row] = out.scores[0, column]
+        result.reason.append(reason if may_leave else FINAL)
     return result
 
 
@@ -83,6 +86,7 @@ def test_a_row_depends_on_itself_alone(
 def test_a_stricter_threshold_never_makes_a_row_leave_earlier(
     shared_runner: Runner, tokens: list[list[int]], policy: Policy, exit_index: int, by: float
 ) -> None:
+    assume(policy.limits)
     old = policy.limits[exit_index]
     stricter = None if old is None else max(old - by, 0) if policy.score == "entropy" else min(old + by, 1)
     inputs = tiny.request(tokens)
@@ -100,14 +104,13 @@ def test_replay_on_a_trace_decides_as_live(shared_runner: Runner, tokens: list[l
     trace = shared_runner.record([inputs], temperatures=policy.temperatures)
     shared_runner.policy = policy
     live = shared_runner.run(inputs)
-    exit_index = np.full(len(tokens), NUM_EARLY)
-    for k in reversed(range(NUM_EARLY)):
-        exit_index[policy.decide(k, trace.scores[:, k])[0]] = k
+    replayed = replay(policy, trace)
     rows = np.arange(len(tokens))
-    np.testing.assert_array_equal(live.exit_index, exit_index)
-    np.testing.assert_array_equal(live.prediction, trace.predictions[rows, exit_index])
-    np.testing.assert_array_equal(live.outputs["logits"], trace.logits[rows, exit_index])
-    np.testing.assert_array_equal(live.score, trace.scores[rows, exit_index, SCORES.index(policy.score)])
+    np.testing.assert_array_equal(live.exit_index, replayed.exit_index)
+    np.testing.assert_array_equal(live.prediction, replayed.prediction)
+    assert live.reason == replayed.reason.tolist()
+    np.testing.assert_array_equal(live.outputs["logits"], trace.logits[rows, live.exit_index])
+    np.testing.assert_array_equal(live.score, trace.scores[rows, live.exit_index, SCORES.index(policy.score)])
 
 
 @pytest.mark.parametrize("policy", [Policy.full_depth(), Policy.thresholds("margin", [None, None])])
@@ -119,6 +122,24 @@ def test_all_exits_closed_is_the_whole_model(shared_runner: Runner, policy: Poli
     np.testing.assert_array_equal(result.outputs["logits"], tiny.reference_logits(inputs, NUM_EARLY))
     assert result.exit_index.tolist() == [NUM_EARLY] * num_rows
     assert result.reason == [FINAL] * num_rows
+
+
+def test_a_request_is_answered_under_the_policy_of_its_source(shared_runner: Runner) -> None:
+    inputs = tiny.request(tiny.sentences(5))
+    first = Policy.thresholds("max_prob", [0.0] * NUM_EARLY)
+    shared_runner.policy = replace(first, sources={"bank": Policy.full_depth()})
+    assert shared_runner.run(inputs).exit_index.tolist() == [0] * 5
+    assert shared_runner.run(inputs, source="shop").exit_index.tolist() == [0] * 5
+    assert shared_runner.run(inputs, source="bank").exit_index.tolist() == [NUM_EARLY] * 5
+
+
+def test_many_threads_on_one_runner_get_their_own_answers(shared_runner: Runner) -> None:
+    shared_runner.policy = Policy("margin", (0.1,) * NUM_EARLY, veto=Veto(mean=True))
+    requests = [tiny.request(tiny.sentences(120)[n : n + 1 + n % 7]) for n in range(96)]
+    expected = [shared_runner.run(request) for request in requests]
+    with ThreadPoolExecutor(32) as threads:
+        for got, alone in zip(threads.map(shared_runner.run, requests), expected, strict=True):
+            tiny.assert_same(got, alone)
 
 
 def test_no_rows_is_an_empty_answer(shared_runner: Runner) -> None:
