@@ -44,8 +44,8 @@ def answer_row_by_row(runner: Runner, inputs: tiny.Inputs, policy: Policy) -> Re
             out = engine.run(carry, np.array([0]), inverse[k])
             carry = out.carry
             heard.append(Said(out.logits, out.prediction, out.scores))
-            _, reason, state = policy.decide(k, out, state)
             may_leave = k < NUM_EARLY and lets_go(policy, heard, tiny.NUM_SEGMENTS)
+            _, reason, state = policy.decide(k, out, state) if k < NUM_EARLY else (None, FINAL, None)
             if may_leave or k == NUM_EARLY:
                 break
         logits[row], result.prediction[row], result.exit_index[row] = out.logits[0], out.prediction[0], k
