@@ -15,6 +15,7 @@ from offramp.errors import CutError
 from offramp.export.graph import GraphView, read_names, rename_tensors, walk_nodes
 from offramp.export.probe import Probe
 from offramp.export.score_head import PREFIX, score_head
+from offramp.export.simplify import simplify_graph
 
 _MAX_PROTOBUF_BYTES = 2**31 - 1  # protobuf's limit for one message
 
@@ -109,6 +110,7 @@ def segment_graph(
         ],
         value_info=_inner_values(view, probe, nodes, names, set(outputs)),
     )
+    simplify_graph(graph)
     return _finish(view.model, graph)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from numpy.typing import NDArray
 from offramp.bundle import ROWS, DimensionSpec, InputSpec, Manifest
 from offramp.errors import InputError
 
+_dtype = cache(np.dtype)
 _SHORT = 512  # numbers; a list of more is no longer quicker
 _UNLIMITED = DimensionSpec(1, sys.maxsize)  # of a dimension without a range; no axis but the rows is empty
 
@@ -63,12 +65,12 @@ def _array_from_value(spec: InputSpec, value: Any) -> NDArray[Any]:
             f"input {spec.name!r}: got {type(value).__name__}, expected a numpy array; "
             f"pass `np.asarray({spec.name}, np.{spec.dtype})`"
         )
-    if value.dtype != np.dtype(spec.dtype):
+    if value.dtype != _dtype(spec.dtype):
         raise InputError(
             f"input {spec.name!r}: got dtype {value.dtype}, expected {spec.dtype}; "
             f"pass `{spec.name}.astype(np.{spec.dtype})`"
         )
-    return np.asarray(value)
+    return value if type(value) is np.ndarray else np.asarray(value)
 
 
 def _bind_dimensions(spec: InputSpec, shape: tuple[int, ...], sizes: dict[str, int], manifest: Manifest) -> None:

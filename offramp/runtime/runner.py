@@ -25,9 +25,10 @@ from offramp.runtime.record import record_trace
 from offramp.runtime.text import TextEncoder
 from offramp.trace import Trace
 
+_USUAL_ROWS = 1024  # positions kept at hand; more are made when they are asked for
 
-@dataclass(frozen=True, slots=True)
-class Result:
+
+class Result(NamedTuple):
     """The answers to one request of N rows, in its order."""
 
     outputs: dict[str, NDArray[np.float32]]  # "logits": (N, C), of the exit where the row left
@@ -84,6 +85,7 @@ class Runner:
         self._is_closed = False
         limits = manifest.dimensions.get(ROWS)
         self._max_rows = limits.max if limits else sys.maxsize
+        self._positions = np.arange(min(self._max_rows, _USUAL_ROWS))
         self.policy = policy
 
     @classmethod
@@ -145,11 +147,12 @@ class Runner:
         policy = setting.policy_of(source)
         parts: list[Part] = []
         for start in range(0, num_rows, self._max_rows):
-            live = np.arange(start, min(start + self._max_rows, num_rows))
-            chunk = arrays
-            if len(live) < num_rows:
+            if num_rows <= self._max_rows:
+                self._run_chunk(arrays, self._first(num_rows), policy, setting.inverse_temperatures, parts)
+            else:
+                live = np.arange(start, min(start + self._max_rows, num_rows))
                 chunk = {name: array[start : start + len(live)] for name, array in arrays.items()}
-            self._run_chunk(chunk, live, policy, setting.inverse_temperatures, parts)
+                self._run_chunk(chunk, live, policy, setting.inverse_temperatures, parts)
         return result_from_parts(parts, num_rows, self.manifest.exits[0].num_classes, policy.score)
 
     def record(
@@ -187,6 +190,10 @@ class Runner:
         if self._is_closed:
             raise OptionError("runner: it was closed; open it again with `Runner.open(bundle)`")
 
+    def _first(self, count: int) -> NDArray[np.int64]:
+        """Positions 0 … count - 1; not to be written to."""
+        return self._positions[:count] if count <= len(self._positions) else np.arange(count)
+
     def _run_chunk(
         self,
         inputs: dict[str, NDArray[Any]],
@@ -203,7 +210,7 @@ class Runner:
         final = len(self.engines) - 1
         carry: Any = inputs
         state = None
-        rows = everyone = np.arange(len(live))  # (S,) positions in the previous segment's output
+        rows = self._first(len(live))  # (S,) positions in the previous segment's output
         for k, engine in enumerate(self.engines):
             out = engine.run(carry, rows, inverse_temperatures[k])
             carry = out.carry
@@ -221,7 +228,7 @@ class Runner:
                 live = live[rows]
                 state = state.rows(rows) if state else None
             else:
-                rows = everyone[: len(live)]
+                rows = self._first(len(live))
 
 
 class Part(NamedTuple):
@@ -240,7 +247,7 @@ def result_from_parts(parts: Sequence[Part], num_rows: int, num_classes: int, sc
         return Result(
             {"logits": out.logits},
             out.prediction,
-            np.full(num_rows, exit_index),
+            np.array([exit_index] * num_rows),
             score_values(score, out),
             [reason] * num_rows,
         )
