@@ -182,6 +182,7 @@ def build_engine(bundle: Path, as_json: bool, **options: Any) -> None:
 @DATA
 @click.option("--score", type=click.Choice(["max_prob", "margin", "entropy"]), default="max_prob", show_default=True)
 @click.option("--max-drop", default=0.01, show_default=True, help="Accuracy that may be lost, as a fraction.")
+@click.option("--target-speedup", default=1.0, help="Instead: one threshold for all exits that is this much faster.")
 @click.option("--consistency", is_flag=True, help="No labels: bound answers that differ from full depth instead.")
 @click.option("--trace", "trace_path", type=click.Path(path_type=Path), help="Also write the recorded trace here.")
 @BACKEND
@@ -199,7 +200,10 @@ def calibrate(bundle: Path, data: str, as_json: bool, **options: Any) -> None:
     from offramp.tuning.calibrate import CalibrateOptions, calibrate
 
     chosen = CalibrateOptions(
-        options["score"], options["max_drop"], "full_depth" if options["consistency"] else "label"
+        options["score"],
+        options["max_drop"],
+        "full_depth" if options["consistency"] else "label",
+        target_speedup=options["target_speedup"],
     )
     with Runner.open(bundle, **_picked(options, "backend", "threads")) as runner:
         dataset = load_dataset(runner, data, "validation")

@@ -26,7 +26,7 @@ from offramp.tuning.replay import (
     scores_from_logits,
 )
 from offramp.tuning.temperature import ECE_LIMIT, expected_calibration_error, temperature_if_needed
-from offramp.tuning.thresholds import Reference, check_drop, fastest_thresholds, right_rows
+from offramp.tuning.thresholds import Reference, check_drop, fastest_thresholds, right_rows, thresholds_for_speedup
 
 
 @dataclass(frozen=True)
@@ -35,12 +35,14 @@ class CalibrateOptions:
 
     With reference "full_depth" labels are not needed: a right answer is the final exit's, and temperatures
     stay those of the trace. An exit is scaled when its calibration error is above `ece_limit`; 1 scales none.
+    With a `target_speedup` (above 1) one threshold for all exits is chosen to reach it, whatever is lost.
     """
 
     score: str = "max_prob"
     max_drop: float = 0.01
     reference: Reference = "label"
     ece_limit: float = ECE_LIMIT
+    target_speedup: float = 1.0  # 1: the fastest policy within max_drop
 
     def __post_init__(self) -> None:
         check_drop(self.max_drop)
@@ -50,6 +52,8 @@ class CalibrateOptions:
             raise OptionError(f"calibrate: got reference {self.reference!r}, expected one of {get_args(Reference)}")
         if not 0 <= self.ece_limit <= 1:
             raise OptionError(f"calibrate: got a limit of {self.ece_limit} on the calibration error, expected 0 to 1")
+        if not 1 <= self.target_speedup < math.inf:
+            raise OptionError(f"calibrate: got a target speedup of {self.target_speedup}, expected a number above 1")
 
 
 @dataclass(frozen=True)
@@ -109,7 +113,10 @@ def calibrate(trace: Trace, options: CalibrateOptions) -> Calibration:
     """
     counted, right = right_rows(trace, options.reference)
     temperatures = _temperatures(trace, options)
-    policy = fastest_thresholds(trace, options.score, options.max_drop, temperatures, options.reference)
+    if options.target_speedup > 1:
+        policy = thresholds_for_speedup(trace, options.score, options.target_speedup, temperatures)
+    else:
+        policy = fastest_thresholds(trace, options.score, options.max_drop, temperatures, options.reference)
     decided = replay(policy, trace)
     losses = right[counted, -1].astype(np.int64) - right[counted, decided.exit_index[counted]]  # (L,) in {-1, 0, 1}
     expected_ms = expected_cost_ms(decided.exit_index, trace)

@@ -8,6 +8,8 @@ would look like a guarantee. State a smaller drop, and look at the standard erro
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_left
 from dataclasses import replace
 from decimal import Decimal
 from typing import Literal, get_args
@@ -19,7 +21,7 @@ from offramp.bundle import SCORES
 from offramp.errors import DataError, OptionError
 from offramp.policy import Policy
 from offramp.trace import UNKNOWN, Trace
-from offramp.tuning.replay import cumulative_costs_ms, scores_at
+from offramp.tuning.replay import cumulative_costs_ms, expected_cost_ms, replay, scores_at
 from offramp.tuning.search import fastest_quotas, search_from_levels
 
 Reference = Literal["label", "full_depth"]  # what a right answer is: the label, or what the final exit says
@@ -61,6 +63,33 @@ def fastest_thresholds(
     quotas = fastest_quotas(search)
     limits = [_limit(edges, quota, score) for (_, edges), quota in zip(grouped, quotas, strict=False)]
     return replace(policy, limits=tuple(limits))
+
+
+def thresholds_for_speedup(trace: Trace, score: str, target: float, temperatures: tuple[float, ...] = ()) -> Policy:
+    """The strictest threshold, one for all exits, that makes a row of `trace` cost at most 1 / `target` of full depth.
+
+    Costs are the recorded ones. A stricter threshold never costs less, so it is found by bisection over the levels of
+    all scores. Raises OptionError when `target` is not above 1 or beyond what leaving at the first exit reaches.
+    """
+    closed = Policy.thresholds(score, [None] * (trace.num_exits - 1), temperatures)
+    closed.check_exits(trace.num_exits)
+    if not 1 < target < math.inf:
+        raise OptionError(f"thresholds: got a target speedup of {target}, expected a number above 1")
+    scores = scores_at(trace, closed.inverse_temperatures(trace.num_exits))
+    _, edges = _levels_and_edges(_doubts(scores[:, :-1, SCORES.index(score)], score).ravel())
+
+    def policy(quota: int) -> Policy:
+        return replace(closed, limits=(_limit(edges, quota, score),) * (trace.num_exits - 1))
+
+    def speedup(quota: int) -> float:
+        return float(cumulative_costs_ms(trace)[-1]) / expected_cost_ms(replay(policy(quota), trace).exit_index, trace)
+
+    if speedup(len(edges)) < target:
+        raise OptionError(
+            f"thresholds: got a target speedup of {target}; with every row leaving at the first exit this trace "
+            f"reaches {speedup(len(edges)):.2f}; ask for less, or train an earlier exit"
+        )
+    return policy(bisect_left(range(len(edges)), target, key=speedup))
 
 
 def right_rows(trace: Trace, reference: Reference) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

@@ -45,6 +45,14 @@ def test_exits_above_the_limit_are_scaled_and_better_for_it():
         assert (each.temperature == 1.0) == (each.ece_before <= 0.02)
 
 
+def test_a_target_speedup_replaces_the_bound_on_the_drop():
+    result = calibrate(random_trace(500, 4, seed=1), CalibrateOptions(max_drop=0.0, target_speedup=2.0))
+    assert 2.0 <= result.report.expected_speedup < 2.1
+    assert len(set(result.policy.limits)) == 1
+    with pytest.raises(OptionError, match="target speedup of 0.5"):
+        CalibrateOptions(target_speedup=0.5)
+
+
 def test_scaling_can_be_turned_off():
     result = calibrate(random_trace(500, 3, seed=1), CalibrateOptions(ece_limit=1.0))
     assert result.policy.temperatures == (1.0, 1.0, 1.0)

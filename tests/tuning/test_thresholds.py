@@ -14,7 +14,7 @@ from offramp.policy import Policy
 from offramp.trace import UNKNOWN
 from offramp.tuning import search
 from offramp.tuning.replay import accuracy, expected_cost_ms, replay, scores_from_logits
-from offramp.tuning.thresholds import MIN_GAP, fastest_thresholds
+from offramp.tuning.thresholds import MIN_GAP, fastest_thresholds, thresholds_for_speedup
 
 # confidences (4, 3): exit 0 ranks the rows, exit 1 tells only the last one apart
 TWO_EXITS = [[0.9, 0.9, 0.9], [0.8, 0.9, 0.9], [0.7, 0.9, 0.9], [0.6, 0.8, 0.9]]
@@ -236,3 +236,30 @@ def test_saturated_scores_are_one_level():
     trace = trace_from_logits(logits, [0, 1])
     assert fastest_thresholds(trace, "max_prob", 0.0).limits == (None,)
     assert fastest_thresholds(trace, "max_prob", 0.5).limits == (pytest.approx(1 - MIN_GAP / 2, abs=1e-7),)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.integers(0, 10_000), st.sampled_from(SCORES), st.floats(1.05, 4))
+def test_a_target_speedup_is_met_by_the_strictest_common_threshold(seed, score, target):
+    trace = random_trace(30, 4, seed)
+    try:
+        policy = thresholds_for_speedup(trace, score, target)
+    except OptionError as error:
+        everybody = Policy.thresholds(score, [1.0 if score == "entropy" else 0.0] * 3)
+        assert "with every row leaving at the first exit" in str(error)
+        assert cost_ms(Policy.full_depth(), trace) / cost_ms(everybody, trace) < target
+        return
+    full = cost_ms(Policy.full_depth(), trace)
+    assert full / cost_ms(policy, trace) >= target
+    (limit,) = set(policy.limits)
+    values = np.unique(trace.scores[:, :-1, SCORES.index(score)]).tolist()
+    sign = -1 if score == "entropy" else 1  # a small entropy is sure
+    loosest = min(sign * value for value in values if sign * value > sign * limit)  # it leaves at the limit
+    for value in [value for value in values if sign * value > loosest + MIN_GAP]:
+        assert full / cost_ms(Policy.thresholds(score, [value] * 3), trace) < target
+
+
+@pytest.mark.parametrize("target", [1.0, 0.5, float("nan"), float("inf")])
+def test_a_target_that_is_no_speedup_is_refused(target):
+    with pytest.raises(OptionError, match="expected a number above 1"):
+        thresholds_for_speedup(random_trace(10, 3, 0), "margin", target)
