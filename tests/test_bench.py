@@ -14,7 +14,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 SCRIPTS = {
     "chain_vs_uncut": ["--quick"],
     "cut_costs": ["--quick"],
-    "runner_overhead": ["--repetitions", "20"],
+    "runner_overhead": ["--quick"],
 }
 
 

@@ -30,7 +30,7 @@ from offramp.runtime.engine import SegmentOutput
 from offramp.runtime.runner import Runner
 
 X = InputSpec("x", "float32", (ROWS,), None, None, False)  # one number per row: the input of a fake model
-MAX_ROWS = 32  # of a fake bundle
+MAX_ROWS = 64  # of a fake bundle
 
 Answer = Callable[[dict[str, NDArray[Any]]], ArrayLike]  # inputs of the S rows that are here -> logits (S, C)
 

@@ -49,7 +49,7 @@ def test_a_target_speedup_replaces_the_bound_on_the_drop():
     result = calibrate(random_trace(500, 4, seed=1), CalibrateOptions(max_drop=0.0, target_speedup=2.0))
     assert 2.0 <= result.report.expected_speedup < 2.1
     assert len(set(result.policy.limits)) == 1
-    with pytest.raises(OptionError, match="target speedup of 0.5"):
+    with pytest.raises(OptionError, match=r"target speedup of 0\.5"):
         CalibrateOptions(target_speedup=0.5)
 
 
