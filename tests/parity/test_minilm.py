@@ -26,6 +26,8 @@ from offramp.tuning.replay import replay
 NUM_EXITS = 3
 # The score head's float32 softmax against numpy's (tuning.replay), over all sentences here.
 SCORE_ATOL = 1e-6
+# ONNX Runtime with all its fusions against the runtime, which leaves one out; logits.
+FUSION_ATOL = 2e-6
 FP16_ATOL = 1e-3  # logits of all exits, end to end
 FP16_FLIPS = 0.02  # share of rows whose prediction or exit may change
 
@@ -51,6 +53,13 @@ def test_chain_is_the_whole_graph_bit_for_bit_at_every_exit(
         assert (result.exit_index == exit_index).all()
         np.testing.assert_array_equal(result.outputs["logits"], logits)
         np.testing.assert_array_equal(result.prediction, logits.argmax(1))
+
+
+def test_a_session_with_all_optimisations_says_the_same_to_the_last_digit(minilm: MiniLM, runner: Runner) -> None:
+    runner.policy = Policy.full_depth()
+    inputs = batches_of(minilm.sentences)[0]
+    usual = minilm.usual.run(None, inputs)[-1]
+    np.testing.assert_allclose(runner.run(inputs).outputs["logits"], usual, rtol=0, atol=FUSION_ATOL)
 
 
 def test_full_depth_is_the_final_exit(minilm: MiniLM, runner: Runner) -> None:
