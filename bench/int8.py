@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime
 import torch
-from chain_vs_uncut import make_encoder, make_inputs, num_rounds
+from chain_vs_uncut import make_encoder, make_inputs, open_usual
 from machine import describe_machine
 
 from offramp.bundle import load_manifest
@@ -36,7 +35,7 @@ from offramp.export.source import source_from_model
 from offramp.export.verify import relative_error
 from offramp.policy import Policy
 from offramp.runtime import Runner
-from offramp.runtime.onnxruntime_engine import _session_options, open_session
+from offramp.runtime.onnxruntime_engine import open_session
 from offramp.runtime.timing import Clock, interleaved_ms
 
 CASES = ((1, 8), (1, 24), (1, 128), (32, 24))  # (batch, tokens)
@@ -51,7 +50,7 @@ def make_bundle(folder: Path, quick: bool) -> Path:
         dynamic={"input_ids": sequence, "attention_mask": sequence},
         ranges={"sequence": (1, 128)},
     )
-    source = source_from_model("encoder", make_encoder(quick), example, DEFAULT_OPSET)
+    source = source_from_model("encoder", make_encoder((2, 4, 6), quick), example, DEFAULT_OPSET)
     export_bundle(source, folder / "bundle", ExportOptions(precision="int8"), progress)
     return folder / "bundle"
 
@@ -61,7 +60,7 @@ def measure(bundle: Path, threads: int, seconds: float, clock: Clock) -> list[di
     manifest = load_manifest(bundle)
     whole = uncut_model(load_reference(bundle, manifest), manifest.exits[-1].name).SerializeToString()
     uncut = open_session(whole, threads, "uncut")
-    plain = onnxruntime.InferenceSession(whole, _session_options(threads), providers=["CPUExecutionProvider"])
+    plain = open_usual(whole, threads)
     found = []
     with (
         Runner.open(bundle, "onnxruntime", Policy.full_depth(), threads, "fp32") as fp32,
@@ -87,6 +86,14 @@ def measure(bundle: Path, threads: int, seconds: float, clock: Clock) -> list[di
             )
             progress(str(found[-1]))
     return found
+
+
+def num_rounds(callables: dict[str, Callable[[], object]], seconds: float) -> int:
+    """As many rounds as fit in `seconds`, within limits."""
+    start = time.perf_counter()
+    for call in callables.values():
+        call()
+    return int(np.clip(seconds / (time.perf_counter() - start), 9, 400))
 
 
 def progress(line: str) -> None:
