@@ -40,6 +40,9 @@ def _fail(exc: OfframpError, code: int) -> NoReturn:
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text.")
 BACKEND = click.option("--backend", default="auto", show_default=True, help="What runs the segments.")
+PRECISION = click.option(
+    "--precision", default="fp32", show_default=True, help="Which graphs run: fp32, or int8 or fp16 if exported."
+)
 THREADS = click.option("--threads", default=0, show_default="the backend's choice", help="Threads per segment.")
 DATA = click.option(
     "--data",
@@ -95,14 +98,21 @@ def train(output: Path, resume: bool, as_json: bool, **options: Any) -> None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle directory to write.")
 @click.option("--exits", default="", help="Outputs that are exits, in order of depth: logits_1,logits_2,…")
 @click.option("--opset", default=20, show_default=True, help="ONNX opset to capture at.")
-@click.option("--precision", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True)
+@click.option(
+    "--precision",
+    default="fp16",
+    show_default=True,
+    help="fp32, fp16 (for TensorRT), int8 (for CPUs), or several: fp16,int8. FP32 graphs are always written.",
+)
 @click.option("--atol", default=2e-2, show_default=True, help="Absolute difference allowed between FP16 and FP32.")
 @click.option("--rtol", default=1e-2, show_default=True, help="Relative difference allowed between FP16 and FP32.")
-@click.option("--calibration-data", default="", help="Real inputs for FP16: .npz, Polygraphy .json, .csv/.jsonl texts.")
+@click.option(
+    "--calibration-data", default="", help="Real inputs for FP16, INT8: .npz, Polygraphy .json, .csv/.jsonl texts."
+)
 @click.option("--dimension", multiple=True, metavar="NAME=MIN:MAX", help="Range of a dynamic dimension of an .onnx.")
 @JSON
 def export(model: str, output: Path, exits: str, precision: str, as_json: bool, **options: Any) -> None:
-    """Cut MODEL at its exits into a bundle: one verified graph per segment, in FP32 and FP16.
+    """Cut MODEL at its exits into a bundle: one verified graph per segment, in FP32 and what --precision says.
 
     MODEL is a checkpoint directory of `offramp train`, package.module:factory returning (nn.Module, Example), or
     an .onnx file whose outputs named by --exits are the exits and whose inputs have the rows on axis 0.
@@ -126,7 +136,7 @@ def export(model: str, output: Path, exits: str, precision: str, as_json: bool, 
 @main.command("build-engine")
 @BUNDLE
 @click.option("--backend", type=click.Choice(["tensorrt", "tensorrt-rtx"]), default="tensorrt-rtx", show_default=True)
-@click.option("--precision", type=click.Choice(["fp16", "fp32"]), default="fp16", show_default=True)
+@click.option("--precision", default="fp16", show_default=True, help="fp16 or fp32.")
 @click.option("--min-shapes", default="", metavar="NAME:1x64,…", help="Smallest shapes of the model's inputs.")
 @click.option("--opt-shapes", default="", metavar="NAME:1x64,…", help="Shapes to optimise for.")
 @click.option("--max-shapes", default="", metavar="NAME:8x64,…", help="Largest shapes.")
@@ -186,12 +196,14 @@ def build_engine(bundle: Path, as_json: bool, **options: Any) -> None:
 @click.option("--consistency", is_flag=True, help="No labels: bound answers that differ from full depth instead.")
 @click.option("--trace", "trace_path", type=click.Path(path_type=Path), help="Also write the recorded trace here.")
 @BACKEND
+@PRECISION
 @THREADS
 @JSON
 def calibrate(bundle: Path, data: str, as_json: bool, **options: Any) -> None:
     """Choose temperatures and the fastest thresholds within --max-drop, from a trace of the real engines.
 
-    The drop is the one seen on this data, without a statistical certificate.
+    Calibrate with the --precision that will run: scores differ between them. The drop is the one seen on this data,
+    without a statistical certificate.
     """
     from offramp.bundle import replace_policy
     from offramp.commands.dataset import load_dataset
@@ -205,7 +217,7 @@ def calibrate(bundle: Path, data: str, as_json: bool, **options: Any) -> None:
         "full_depth" if options["consistency"] else "label",
         target_speedup=options["target_speedup"],
     )
-    with Runner.open(bundle, **_picked(options, "backend", "threads")) as runner:
+    with Runner.open(bundle, **_picked(options, "backend", "precision", "threads")) as runner:
         dataset = load_dataset(runner, data, "validation")
         trace = runner.record(dataset.batches, dataset.labels, progress=not as_json)
     calibration = calibrate(trace, chosen)
@@ -219,7 +231,10 @@ def calibrate(bundle: Path, data: str, as_json: bool, **options: Any) -> None:
         for found in report.exits
     ]
     lines += [f"mean depth {report.mean_depth:.2f} segments, accuracy drop {report.drop:.4f} on {report.num_rows} rows"]
-    _print(as_json, calibration.document(), [*lines, f"next: offramp run {bundle}"])
+    run_it = f"next: offramp run {bundle}" + (
+        f" --precision {options['precision']}" if options["precision"] != "fp32" else ""
+    )
+    _print(as_json, calibration.document(), [*lines, run_it])
 
 
 @main.command()
@@ -229,6 +244,7 @@ def calibrate(bundle: Path, data: str, as_json: bool, **options: Any) -> None:
 @click.option("--full-depth", is_flag=True, help="Close all exits.")
 @click.option("--batch-size", default=1, show_default=True, type=click.IntRange(min=1), help="Rows per request.")
 @BACKEND
+@PRECISION
 @THREADS
 def run(bundle: Path, data: str, policy_path: Path | None, full_depth: bool, batch_size: int, **options: Any) -> None:
     """Answer DATA (texts, one per line; an .npz of inputs; - for stdin): one JSON object per row on stdout."""
@@ -247,6 +263,7 @@ def run(bundle: Path, data: str, policy_path: Path | None, full_depth: bool, bat
 @DATA
 @click.option("--requests", default=300, show_default=True, type=click.IntRange(min=1), help="Requests to time.")
 @BACKEND
+@PRECISION
 @THREADS
 @JSON
 def bench(bundle: Path, data: str, requests: int, as_json: bool, **options: Any) -> None:

@@ -14,6 +14,7 @@ BENCH = Path(__file__).parents[1] / "bench"
 SCRIPTS = {
     "chain_vs_uncut": ["--quick"],
     "cut_costs": ["--quick"],
+    "int8": ["--quick"],
     "runner_overhead": ["--quick"],
 }
 

@@ -88,6 +88,23 @@ def test_calibrate_run_and_bench(bundle: Path, data: Path, tmp_path: Path) -> No
     assert measured["uncut"]["accuracy"] == measured["full depth"]["accuracy"]
 
 
+def test_int8_runs_where_it_is_asked_for(tmp_path: Path, data: Path) -> None:
+    bundle = tmp_path / "int8"
+    exported = answer_of("export", FACTORY, "-o", bundle, "--precision", "int8", "--json")
+    assert [set(segment["graphs"]) for segment in exported["segments"]] == [{"fp32", "int8"}] * 3
+    assert "int8_predictions_changed" in exported["parity"]
+    report = answer_of("calibrate", bundle, "--data", data, "--precision", "int8", "--json")
+    assert report["precision"] == "int8"
+    assert "uncut" in answer_of("bench", bundle, "--data", data, "--requests", 2, "--precision", "int8", "--json")
+    assert len(offramp("run", bundle, data, "--precision", "int8").stdout.splitlines()) == 40
+    missing = offramp("run", bundle, data, "--precision", "fp16")
+    assert missing.exit_code == 2
+    assert "has no 'fp16' graph, expected one of fp32, int8" in missing.stderr
+    refused = offramp("build-engine", bundle, "--precision", "int8")
+    assert refused.exit_code == 2
+    assert "INT8 graphs are for ONNX Runtime on CPUs" in refused.stderr
+
+
 def test_without_labels_agreement_with_full_depth_is_bounded(bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "unlabelled.npz"
     np.savez(path, allow_pickle=False, features=np.random.default_rng(1).standard_normal((30, 6)).astype(np.float32))

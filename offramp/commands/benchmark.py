@@ -62,14 +62,16 @@ def _asking(answer: Answer, requests: Sequence[Inputs], answers: NDArray[np.int6
     return ask
 
 
-def bench_bundle(bundle: Path, data: str, num_requests: int, backend: str, threads: int) -> dict[str, Measured]:
-    """Time `bundle` under its policy, at full depth, and, where its reference is there, uncut.
+def bench_bundle(
+    bundle: Path, data: str, num_requests: int, backend: str, precision: str, threads: int
+) -> dict[str, Measured]:
+    """Time `bundle` under its policy, at full depth, and, where its reference is there, uncut, which is in FP32 always.
 
     Raises what opening the bundle and reading the data raise.
     """
     with (
-        Runner.open(bundle, backend, threads=threads) as runner,
-        Runner.open(bundle, runner.backend, Policy.full_depth(), threads) as full_depth,
+        Runner.open(bundle, backend, threads=threads, precision=precision) as runner,
+        Runner.open(bundle, runner.backend, Policy.full_depth(), threads, precision) as full_depth,
     ):
         dataset = load_dataset(runner, data, "test")
         alternatives: dict[str, Answer] = {}

@@ -129,8 +129,8 @@ def _calibration_texts(path: Path, calibration_data: str) -> list[str]:
     chosen = Path(calibration_data) if calibration_data else path / CALIBRATION_TEXTS
     if not chosen.is_file():
         raise DataError(
-            f"{chosen} is not there; FP16 is calibrated on real texts: pass `--calibration-data` with a .csv or .jsonl "
-            f"file of texts, or {ROTTEN_TOMATOES}"
+            f"{chosen} is not there; FP16 and INT8 are calibrated on real texts: pass `--calibration-data` with a .csv "
+            f"or .jsonl file of texts, or {ROTTEN_TOMATOES}"
         )
     texts = [example.text for example in load_texts(chosen).examples]
     if len(texts) < 2:

@@ -58,6 +58,11 @@ class BuildOptions:
     dry_run: bool = False  # say what would be built, write nothing
 
     def __post_init__(self) -> None:
+        if self.precision == "int8":
+            raise OptionError(
+                "--precision int8: INT8 graphs are for ONNX Runtime on CPUs (`offramp run --precision int8`), TensorRT "
+                "takes other operators; build with fp16"
+            )
         if self.precision not in PRECISIONS:
             raise OptionError(f"--precision {self.precision}: expected one of {', '.join(PRECISIONS)}")
 

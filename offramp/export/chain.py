@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 
 from offramp.bundle import INVERSE_TEMPERATURE, ROWS, TensorSpec
+from offramp.cpu import saturates_bytes
 from offramp.errors import ParityError
 
 Arrays = dict[str, NDArray[np.generic]]
@@ -29,6 +30,8 @@ def open_session(model: ModelProto) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.log_severity_level = 4  # its errors come back as exceptions; here they would be said twice
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if saturates_bytes():
+        options.add_session_config_entry("session.x64quantprecision", "1")
     try:
         return ort.InferenceSession(
             model.SerializeToString(),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,13 +32,14 @@ from offramp.export.cut import CutModel, segments_from_graph
 from offramp.export.graph import GraphView
 from offramp.export.lower import fp16_from_segment, fp16_weight_share
 from offramp.export.probe import run_tensors
+from offramp.export.quantize import int8_from_segment, int8_weight_share
 from offramp.export.sizes import resize_inputs
 from offramp.export.source import ModelSource
-from offramp.export.verify import Parity, verify_fp16, verify_fp32
+from offramp.export.verify import INT8_TOLERANCE, Parity, Tolerance, verify_fp32, verify_lowered
 from offramp.policy import Policy
 from offramp.storage import staged_directory
 
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8")
 WHOLE = "whole.onnx"  # in the reference: the graph that was cut
 INPUTS = "inputs.npz"  # beside it: real inputs to verify with
 # Tools whose version decides the bytes of a graph.
@@ -55,15 +56,23 @@ class ExportOptions:
     Raises OptionError for a precision that does not exist or a tolerance that is not positive.
     """
 
-    precision: str = "fp16"  # fp16 writes both graphs, fp32 only its own
+    precision: str = "fp16"  # one or several with commas between; FP32 graphs are written always
     atol: float = 2e-2
     rtol: float = 1e-2
 
     def __post_init__(self) -> None:
-        if self.precision not in PRECISIONS:
-            raise OptionError(f"precision: got {self.precision!r}, expected one of {', '.join(PRECISIONS)}")
+        if not set(self.precision.split(",")) <= set(PRECISIONS):
+            raise OptionError(
+                f"precision: got {self.precision!r}, expected {', '.join(PRECISIONS)}, or several: fp16,int8"
+            )
         if not (self.atol > 0 and self.rtol > 0):
             raise OptionError(f"tolerances: got atol {self.atol}, rtol {self.rtol}; expected positive numbers")
+
+    @property
+    def lowerings(self) -> dict[str, Tolerance]:
+        """The precisions below FP32 that are asked for, and how much each may differ."""
+        tolerances = {"fp16": Tolerance(self.atol, self.rtol), "int8": INT8_TOLERANCE}
+        return {name: tolerances[name] for name in tolerances if name in self.precision.split(",")}
 
 
 def export_bundle(
@@ -87,12 +96,12 @@ def export_bundle(
     parity, fp32 = Parity(), Chain.open(cut.segments, graphs["fp32"])
     verify_fp32(parity, fp32, source.graph, source.exits, batches)
     parity.check()
-    if options.precision == "fp16":
-        graphs["fp16"] = _lower(cut, fp32, batches, progress)
-        progress("verifying FP16")
-        parity.fp16_weight_share = [fp16_weight_share(model) for model in graphs["fp16"]]
-        fp16 = Chain.open(cut.segments, graphs["fp16"])
-        verify_fp16(parity, fp32, fp16, batches, (options.atol, options.rtol))
+    feeds = _feeds(fp32, batches) if options.lowerings else []
+    for precision, tolerance in options.lowerings.items():
+        graphs[precision], shares, notes = _LOWERINGS[precision](cut, feeds, progress)
+        progress(f"verifying {precision.upper()}")
+        found = verify_lowered(fp32, Chain.open(cut.segments, graphs[precision]), batches, tolerance)
+        parity.lowered[precision] = replace(found, weight_share=shares, notes=notes)
         parity.check()
     progress("writing")
     files = _graph_files(graphs)
@@ -114,18 +123,37 @@ def check_target(bundle: Path) -> None:
             raise StorageError(f"{path} exists and is not {kind}; choose another output directory or remove it")
 
 
-def _lower(cut: CutModel, fp32: Chain, batches: Sequence[Arrays], progress: Progress) -> list[ModelProto]:
-    """Every segment in FP16, calibrated on what the FP32 segments before it really put out."""
-    feeds: list[list[Arrays]] = [[] for _ in cut.segments]
+def _feeds(fp32: Chain, batches: Sequence[Arrays]) -> list[list[Arrays]]:
+    """Per segment, what the FP32 segments before it really hand over: what it is calibrated on."""
+    feeds: list[list[Arrays]] = [[] for _ in fp32.segments]
     one = np.array(1, np.float32)
     for batch in batches:
         for index, (feed, _) in enumerate(fp32.run(batch)):
             feeds[index].append({**feed, INVERSE_TEMPERATURE: one})
+    return feeds
+
+
+_Found = tuple[list[ModelProto], list[float], list[dict[str, str]]]  # graphs, lowered shares of weights, notes
+
+
+def _fp16(cut: CutModel, feeds: Sequence[Sequence[Arrays]], progress: Progress) -> _Found:
     lowered = []
     for segment in cut.segments:
         progress(f"lowering segment {segment.index} to FP16")
         lowered.append(fp16_from_segment(segment.model, feeds[segment.index]))
-    return lowered
+    return lowered, [fp16_weight_share(model) for model in lowered], []
+
+
+def _int8(cut: CutModel, feeds: Sequence[Sequence[Arrays]], progress: Progress) -> _Found:
+    lowered = []
+    for segment in cut.segments:
+        progress(f"lowering segment {segment.index} to INT8")
+        lowered.append(int8_from_segment(segment.model, feeds[segment.index], progress))
+    models = [found.model for found in lowered]
+    return models, [int8_weight_share(model) for model in models], [found.unusual for found in lowered]
+
+
+_LOWERINGS = {"fp16": _fp16, "int8": _int8}
 
 
 def _ranges(source: ModelSource, cut: CutModel) -> dict[str, DimensionSpec]:
@@ -152,13 +180,12 @@ def _ranges(source: ModelSource, cut: CutModel) -> dict[str, DimensionSpec]:
 
 
 def _graph_files(graphs: Mapping[str, Sequence[ModelProto]]) -> dict[str, list[tuple[FileRecord, bytes]]]:
-    suffix = {"fp32": "model.onnx", "fp16": "model.fp16.onnx"}
     files: dict[str, list[tuple[FileRecord, bytes]]] = {}
     for precision, models in graphs.items():
         contents = [model.SerializeToString(deterministic=True) for model in models]
+        name = "model.onnx" if precision == "fp32" else f"model.{precision}.onnx"
         files[precision] = [
-            (file_record(f"segments/{index:02d}/{suffix[precision]}", content), content)
-            for index, content in enumerate(contents)
+            (file_record(f"segments/{index:02d}/{name}", content), content) for index, content in enumerate(contents)
         ]
     return files
 

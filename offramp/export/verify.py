@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnxruntime as ort
@@ -20,11 +20,22 @@ from offramp.bundle import SCORES
 from offramp.errors import ParityError
 from offramp.export.chain import Arrays, Chain, open_session
 
+
+class Tolerance(NamedTuple):
+    """What may differ: each value by atol + rtol |expected|, and all of a tensor by their RMS ÷ its RMS."""
+
+    atol: float
+    rtol: float
+    rms: float = float("inf")
+
+
 # The chain and the whole graph run the same operators; fusions of ONNX Runtime that see only one side of a cut
 # may add in another order. docs/tolerances.md says how each of these was measured.
-FP32_TOLERANCE = (1e-5, 1e-5)
+FP32_TOLERANCE = Tolerance(1e-5, 1e-5)
 # A graph that is in FP16 already: ONNX Runtime computes it in FP32, and rounds at cuts where it would not otherwise.
-HALF_TOLERANCE = (2e-3, 2e-3)
+HALF_TOLERANCE = Tolerance(2e-3, 2e-3)
+# Rounding to 8 bits is noise on every value, so INT8 is judged by its size and by the decisions that change.
+INT8_TOLERANCE = Tolerance(float("inf"), 0, rms=0.25)
 DECISION_THRESHOLDS = (0.6, 0.7, 0.8, 0.9, 0.95)  # of max_prob, at which changed exits are counted
 
 
@@ -33,14 +44,15 @@ class Difference:
     """The worst absolute difference seen, how it compares with what is allowed, and where it was."""
 
     max_abs: float = 0.0
-    allowed_ratio: float = 0.0  # |a - b| / (atol + rtol |b|), at most 1 when all is well
+    rms: float = 0.0  # of a tensor's differences ÷ RMS of the tensor, the worst of any tensor
+    allowed_ratio: float = 0.0  # of either to what is allowed, at most 1 when all is well
     where: str = ""
 
     def update(
         self,
         got: NDArray[np.generic],
         expected: NDArray[np.generic],
-        tolerance: tuple[float, float],
+        tolerance: Tolerance,
         where: str,
     ) -> None:
         if not got.size:
@@ -49,14 +61,28 @@ class Difference:
         same = (left == right) | (np.isnan(left) & np.isnan(right))  # infinite masks are carried, too
         left, right = np.where(same, 0, left), np.where(same, 0, right)
         if not (np.isfinite(left).all() and np.isfinite(right).all()):
-            self.max_abs = self.allowed_ratio = float("inf")
+            self.max_abs = self.rms = self.allowed_ratio = float("inf")
             self.where = where
             return
         difference = np.abs(left - right)
-        ratio = float((difference / (tolerance[0] + tolerance[1] * np.abs(right))).max())
-        self.max_abs = max(self.max_abs, float(difference.max()))
+        rms = relative_error([got], [expected])
+        ratio = float((difference / (tolerance.atol + tolerance.rtol * np.abs(right))).max())
+        ratio = max(ratio, rms / tolerance.rms)
+        self.max_abs, self.rms = max(self.max_abs, float(difference.max())), max(self.rms, rms)
         if ratio > self.allowed_ratio:
             self.allowed_ratio, self.where = ratio, where
+
+
+@dataclass
+class Lowered:
+    """What a lowering changes against FP32."""
+
+    segments: list[Difference] = field(default_factory=list)
+    chain: Difference = field(default_factory=Difference)
+    predictions_changed: int = 0  # of rows x exits
+    exits_changed: dict[str, int] = field(default_factory=dict)  # threshold -> rows
+    weight_share: list[float] = field(default_factory=list)  # of each segment's weights, those that are lowered
+    notes: list[dict[str, str]] = field(default_factory=list)  # per segment, what the lowering did out of the ordinary
 
 
 @dataclass
@@ -68,20 +94,22 @@ class Parity:
     chain_bit_equal: bool = True
     compacted: Difference = field(default_factory=Difference)
     compacted_bit_equal: bool = True
-    fp16_segments: list[Difference] = field(default_factory=list)
-    fp16_chain: Difference = field(default_factory=Difference)
-    fp16_predictions_changed: int = 0  # of rows x exits
-    fp16_exits_changed: dict[str, int] = field(default_factory=dict)  # threshold -> rows
-    fp16_weight_share: list[float] = field(default_factory=list)
+    lowered: dict[str, Lowered] = field(default_factory=dict)  # by precision
 
     def figures(self) -> dict[str, Any]:
-        """Everything as plain JSON values."""
-        return asdict(self)
+        """Everything as plain JSON values; those of a lowering begin with its name: fp16_chain, int8_chain."""
+        figures = asdict(self)
+        for precision, found in figures.pop("lowered").items():
+            figures |= {f"{precision}_{name}": value for name, value in found.items()}
+        return figures
 
     def failures(self) -> list[str]:
         """A line for everything beyond tolerance."""
         checks = [("chain against whole graph", self.chain), ("rows that go on alone", self.compacted)]
-        checks += [(f"FP16 segment {index}", found) for index, found in enumerate(self.fp16_segments)]
+        for precision, lowered in self.lowered.items():
+            checks += [(f"{precision.upper()} segment {index}", found) for index, found in enumerate(lowered.segments)]
+            if precision == "int8":  # noise adds up from segment to segment
+                checks.append(("INT8 end to end", lowered.chain))
         return [
             f"{name}: {found.where} differs by up to {found.max_abs:.3g}, {found.allowed_ratio:.3g} x the tolerance"
             for name, found in checks
@@ -93,8 +121,9 @@ class Parity:
         if failures := self.failures():
             raise ParityError(
                 "verification failed:\n  " + "\n  ".join(failures) + "\n"
-                "a model that computes differently in another batch cannot be cut; for FP16, calibrate on more data "
-                "(`--calibration-data`), widen `--atol`/`--rtol` knowingly, or use `--precision fp32`"
+                "a model that computes differently in another batch cannot be cut; for FP16 and INT8, calibrate on "
+                "more data (`--calibration-data`), for FP16 widen `--atol`/`--rtol` knowingly, or use "
+                "`--precision fp32`"
             )
 
 
@@ -121,26 +150,36 @@ def verify_fp32(
         _verify_compacted(parity, chain, batch, dict(zip(exits, expected, strict=True)), tolerance)
 
 
-def verify_fp16(
-    parity: Parity, fp32: Chain, fp16: Chain, batches: Iterable[Arrays], tolerance: tuple[float, float]
-) -> None:
-    """Compare FP16 segments on the FP32 chain's own inputs, and the FP16 chain end to end."""
-    parity.fp16_segments = [Difference() for _ in fp32.segments]
-    parity.fp16_exits_changed = {str(threshold): 0 for threshold in DECISION_THRESHOLDS}
+def verify_lowered(fp32: Chain, lowered: Chain, batches: Iterable[Arrays], tolerance: Tolerance) -> Lowered:
+    """Compare lowered segments on the FP32 chain's own inputs, and the lowered chain end to end."""
+    found = Lowered([Difference() for _ in fp32.segments])
+    found.exits_changed = {str(threshold): 0 for threshold in DECISION_THRESHOLDS}
     for batch in batches:
         reference = fp32.run(batch)
         for index, (feed, expected) in enumerate(reference):
-            for name, value in fp16.run_segment(index, feed).items():
+            for name, value in lowered.run_segment(index, feed).items():
                 if name != "prediction":
-                    parity.fp16_segments[index].update(value, expected[name], tolerance, f"output {name}")
-        lowered = [out for _, out in fp16.run(batch)]
+                    found.segments[index].update(value, expected[name], tolerance, f"output {name}")
+        answers = [out for _, out in lowered.run(batch)]
         wanted = [out for _, out in reference]
-        for out, other in zip(lowered, wanted, strict=True):
-            parity.fp16_chain.update(out["logits"], other["logits"], tolerance, "logits")
-            parity.fp16_predictions_changed += int((out["prediction"] != other["prediction"]).sum())
+        for index, (out, other) in enumerate(zip(answers, wanted, strict=True)):
+            found.chain.update(out["logits"], other["logits"], tolerance, f"logits of exit {index}")
+            found.predictions_changed += int((out["prediction"] != other["prediction"]).sum())
         for threshold in DECISION_THRESHOLDS:
-            changed = _exit_indices(lowered, threshold) != _exit_indices(wanted, threshold)
-            parity.fp16_exits_changed[str(threshold)] += int(changed.sum())
+            changed = _exit_indices(answers, threshold) != _exit_indices(wanted, threshold)
+            found.exits_changed[str(threshold)] += int(changed.sum())
+    return found
+
+
+def relative_error(got: Sequence[NDArray[np.generic]], expected: Sequence[NDArray[np.generic]]) -> float:
+    """RMS of the difference ÷ RMS of `expected`, both over several arrays; infinities that are equal do not count."""
+    differences = values = 0.0
+    for left, right in zip(got, expected, strict=True):
+        is_same = left == right
+        wide = np.where(np.isfinite(right) | ~is_same, right, 0).astype(np.float64)
+        differences += float(np.square(np.where(is_same, wide, left) - wide).sum())
+        values += float(np.square(wide).sum())
+    return float(np.sqrt(differences / values)) if values else float(differences > 0)
 
 
 def _run_whole(session: ort.InferenceSession, exits: Sequence[str], batch: Arrays) -> list[NDArray[np.float32]]:
@@ -152,7 +191,7 @@ def _verify_compacted(
     chain: Chain,
     batch: Arrays,
     expected: Mapping[str, NDArray[np.float32]],
-    tolerance: tuple[float, float],
+    tolerance: Tolerance,
 ) -> None:
     """Every second survivor leaves at every boundary, in reverse order: the rest must not notice."""
     exits = list(expected)

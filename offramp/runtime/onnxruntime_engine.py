@@ -22,6 +22,7 @@ from offramp.bundle import (
     TensorSpec,
     read_file,
 )
+from offramp.cpu import saturates_bytes
 from offramp.errors import BackendError, BundleError, CorruptError, OptionError
 from offramp.runtime.engine import SegmentOutput
 
@@ -130,6 +131,8 @@ def _session_options(threads: int) -> onnxruntime.SessionOptions:
     # Threads spin for work within a run and sleep between runs: pools that go on spinning, one per segment, made
     # everything 3 times slower on 2 cores; pools that never spin cost 20 % on short inputs (docs/log.md).
     options.add_session_config_entry("session.force_spinning_stop", "1")
+    if saturates_bytes():  # signed weights become unsigned ones, for slower kernels that do not saturate
+        options.add_session_config_entry("session.x64quantprecision", "1")
     return options
 
 

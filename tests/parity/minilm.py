@@ -12,7 +12,7 @@ import onnxruntime
 import torch
 
 from offramp.export.capture import DEFAULT_OPSET, Example
-from offramp.export.export_bundle import export_bundle, reference_path
+from offramp.export.export_bundle import ExportOptions, export_bundle, reference_path
 from offramp.export.source import source_from_model
 from offramp.models.data import (
     default_encoder_path,
@@ -41,7 +41,7 @@ Inputs = dict[str, np.ndarray]
 
 @dataclass(frozen=True)
 class MiniLM:
-    """A bundle with FP32 and FP16 graphs, its uncut graph in a plain session, and tokenised sentences."""
+    """A bundle with FP32, FP16 and INT8 graphs, its uncut graph in a plain session, and tokenised sentences."""
 
     bundle: Path
     whole: onnxruntime.InferenceSession  # with the optimisations of the runtime
@@ -75,7 +75,7 @@ def make_minilm(folder: Path) -> MiniLM:
     )
     model = encoder_from_pretrained(path, EncoderConfig(exits=(2, 4, 6)), SEED)
     bundle = folder / "bundle"
-    export_bundle(source_from_model("minilm", model, example, DEFAULT_OPSET), bundle)
+    export_bundle(source_from_model("minilm", model, example, DEFAULT_OPSET), bundle, ExportOptions("fp16,int8"))
     chosen = splits.test[:NUM_SENTENCES]
     file = reference_path(bundle) / "whole.onnx"
     # Without the fusion that the runtime does without: it adds in another order (docs/tolerances.md).

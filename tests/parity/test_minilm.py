@@ -30,6 +30,7 @@ SCORE_ATOL = 1e-6
 FUSION_ATOL = 2e-6
 FP16_ATOL = 1e-3  # logits of all exits, end to end
 FP16_FLIPS = 0.02  # share of rows whose prediction or exit may change
+INT8_RMS = 0.25  # of the difference ÷ of the logits, each exit
 
 
 def assert_same_rows(got: Result, expected: Result, rows: object = slice(None)) -> None:
@@ -135,3 +136,35 @@ def test_fp16_changes_few_decisions(minilm: MiniLM, trace: Trace) -> None:
         policy = Policy.thresholds("max_prob", limits, TEMPERATURES)
         flipped = replay(policy, lowered_trace).exit_index != replay(policy, trace).exit_index
         assert flipped.mean() <= FP16_FLIPS, f"limits {limits}"
+
+
+def test_int8_stays_near_fp32(minilm: MiniLM, trace: Trace) -> None:
+    with Runner.open(minilm.bundle, backend="onnxruntime", precision="int8") as lowered:
+        lowered_trace = lowered.record(batches_of(minilm.sentences), minilm.labels, TEMPERATURES)
+    difference = np.square(lowered_trace.logits - trace.logits).mean((0, 2)) / np.square(trace.logits).mean((0, 2))
+    assert (difference > 0).all(), "these are other graphs"
+    assert np.sqrt(difference).max() < INT8_RMS
+
+
+@pytest.mark.parametrize("batch", [1, 5, 32])
+def test_int8_row_has_the_same_bits_in_any_batch_order_and_padding(minilm: MiniLM, batch: int) -> None:
+    sentences = [ids for ids in minilm.sentences if len(ids) < 64][:32]
+    order = np.random.default_rng(batch).permutation(32)
+    with Runner.open(minilm.bundle, backend="onnxruntime", precision="int8") as lowered:
+        alone = [lowered.run(inputs_from_ids([ids])) for ids in sentences]
+        for width in (0, 63, 64, 101, 128)[: 5 if batch > 1 else 2]:
+            for start in range(0, 32, batch):
+                rows = order[start : start + batch]
+                together = lowered.run(inputs_from_ids([sentences[row] for row in rows], width))
+                for position, row in enumerate(rows):
+                    assert_same_rows(alone[row], together, [position])
+
+
+def test_int8_compacted_batch_is_every_row_alone(minilm: MiniLM, trace: Trace) -> None:
+    policy = thresholds_near(trace, "max_prob", [0.6, 0.5])
+    inputs = inputs_from_ids(minilm.sentences[:32])
+    with Runner.open(minilm.bundle, backend="onnxruntime", precision="int8", policy=policy) as lowered:
+        together = lowered.run(inputs)
+        assert len(set(together.exit_index)) > 1, "some leave, some go on"
+        for row in range(32):
+            assert_same_rows(lowered.run(choose(inputs, slice(row, row + 1))), together, [row])
