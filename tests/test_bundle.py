@@ -164,8 +164,8 @@ def test_a_manifest_that_is_no_object_is_refused(path: Path, content: bytes) -> 
 
 
 def test_a_newer_manifest_is_told_from_a_broken_one(path: Path) -> None:
-    (path / "manifest.json").write_text('{"schema": 2, "everything": "else is unknown"}')
-    with pytest.raises(VersionError, match=r"schema 2, this offramp reads up to 1; upgrade"):
+    (path / "manifest.json").write_text('{"schema": 3, "everything": "else is unknown"}')
+    with pytest.raises(VersionError, match=r"schema 3, this offramp reads up to 2; upgrade"):
         load_manifest(path)
 
 

@@ -29,9 +29,8 @@ def verify_bundle(bundle: Path) -> Parity:
         read_file(bundle, record)
     models = [onnx.load_model_from_string(read_file(bundle, spec.graphs["fp32"])) for spec in manifest.segments]
     parity = Parity()
-    names = [spec.name for spec in manifest.exits]
     whole = load_reference(bundle, manifest)
-    verify_fp32(parity, Chain.open(manifest.segments, models), whole, names, [_inputs(bundle)])
+    verify_fp32(parity, Chain.open(manifest.segments, models), whole, manifest.exits, [_inputs(bundle)])
     parity.check()
     return parity
 

@@ -79,13 +79,15 @@ def export_bundle(
     """
     check_target(bundle)
     progress("cutting")
-    cut = segments_from_graph(source.graph, source.exits, source.inputs, source.dimensions, source.example)
+    cut = segments_from_graph(
+        source.graph, source.exits, source.inputs, source.dimensions, source.example, source.learned
+    )
     dimensions = _ranges(source, cut)
     graphs = {"fp32": [segment.model for segment in cut.segments]}
     batches = source.calibration[:_VERIFIED_BATCHES]
     progress("verifying FP32")
     parity, fp32 = Parity(), Chain.open(cut.segments, graphs["fp32"])
-    verify_fp32(parity, fp32, source.graph, source.exits, batches)
+    verify_fp32(parity, fp32, source.graph, _exit_specs(source, cut), batches)
     parity.check()
     if options.precision == "fp16":
         graphs["fp16"] = _lower(cut, fp32, batches, progress)
@@ -189,7 +191,7 @@ def _manifest(
         name=source.name,
         inputs=source.inputs,
         dimensions=dimensions,
-        exits=tuple(ExitSpec(name, cut.num_classes) for name in source.exits),
+        exits=_exit_specs(source, cut),
         segments=segments,
         policy=PolicyRecord(file_record(POLICY, _default_policy()).sha256),
         reference_sha256=reference.sha256,
@@ -198,6 +200,10 @@ def _manifest(
         tools=_tool_versions(),
         parity=parity.figures(),
     )
+
+
+def _exit_specs(source: ModelSource, cut: CutModel) -> tuple[ExitSpec, ...]:
+    return tuple(ExitSpec(name, cut.num_classes, source.learned.get(name, "")) for name in source.exits)
 
 
 def _default_policy() -> bytes:

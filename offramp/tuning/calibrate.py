@@ -11,7 +11,7 @@ from typing import Any, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle import SCORES
+from offramp.bundle import LEARNED, SCORES
 from offramp.errors import OptionError
 from offramp.policy import Policy
 from offramp.trace import UNKNOWN, Trace
@@ -46,8 +46,8 @@ class CalibrateOptions:
 
     def __post_init__(self) -> None:
         check_drop(self.max_drop)
-        if self.score not in SCORES:
-            raise OptionError(f"calibrate: got score {self.score!r}, expected one of {', '.join(SCORES)}")
+        if self.score not in (*SCORES, LEARNED):
+            raise OptionError(f"calibrate: got score {self.score!r}, expected one of {', '.join((*SCORES, LEARNED))}")
         if self.reference not in get_args(Reference):
             raise OptionError(f"calibrate: got reference {self.reference!r}, expected one of {get_args(Reference)}")
         if not 0 <= self.ece_limit <= 1:

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle import SCORES
+from offramp.bundle import LEARNED, SCORES
 from offramp.errors import DataError, OptionError
 from offramp.policy import Policy
 from offramp.trace import UNKNOWN, Trace
@@ -44,7 +44,8 @@ def fastest_thresholds(
 
     Cheap is the mean of the recorded costs; accuracy is the share of right rows, and the drop is against full
     depth: 0.01 allows 10 of 1,000 rows. With reference "label" only labelled rows count; with "full_depth"
-    all rows do, so that the drop is the share of changed answers. An exit where no row leaves is closed.
+    all rows do, so that the drop is the share of changed answers. An exit where no row leaves is closed, and so is
+    one without a learned confidence when that is the score.
 
     With up to two exits before the final one the result is the optimum, unless one of them is wrong on more
     than 1,000 rows that a later exit gets right; otherwise no change of one or two thresholds improves it.
@@ -54,14 +55,18 @@ def fastest_thresholds(
     policy.check_exits(trace.num_exits)
     check_drop(max_drop)
     counted, right = right_rows(trace, reference)
-    scores = scores_at(trace, policy.inverse_temperatures(trace.num_exits))[counted]  # (L, E, 3)
-    doubts = _doubts(scores[:, :-1, SCORES.index(score)], score)  # (L, E - 1)
+    early = _early_exits(trace, score)
+    scores = score_columns(trace, score, policy.inverse_temperatures(trace.num_exits))[counted]  # (L, E)
+    doubts = _doubts(scores[:, early], score)
     grouped = [_levels_and_edges(column) for column in doubts.T]
     levels = np.array([levels for levels, _ in grouped], np.int64).reshape(-1, len(counted)).T
     num_losses = int(Decimal(repr(float(max_drop))) * len(counted))  # in floats 0.29 * 100 is 28.999…
-    search = search_from_levels(levels, right[counted], _ticks(trace), num_losses)
+    kept = [*early, trace.num_exits - 1]
+    search = search_from_levels(levels, right[counted][:, kept], _ticks(trace)[kept], num_losses)
     quotas = fastest_quotas(search)
-    limits = [_limit(edges, quota, score) for (_, edges), quota in zip(grouped, quotas, strict=False)]
+    limits: list[float | None] = [None] * (trace.num_exits - 1)
+    for k, (_, edges), quota in zip(early, grouped, quotas, strict=False):
+        limits[k] = _limit(edges, quota, score)
     return replace(policy, limits=tuple(limits))
 
 
@@ -90,6 +95,26 @@ def thresholds_for_speedup(trace: Trace, score: str, target: float, temperatures
             f"reaches {speedup(len(edges)):.2f}; ask for less, or train an earlier exit"
         )
     return policy(bisect_left(range(len(edges)), target, key=speedup))
+
+
+def score_columns(trace: Trace, score: str, inverse_temperatures: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The score called `score` of every row and exit, (N, E); NaN for exits without a learned confidence.
+
+    A learned confidence does not change with the temperature. Raises DataError when no exit has one.
+    """
+    if score != LEARNED:
+        return scores_at(trace, inverse_temperatures)[:, :, SCORES.index(score)]
+    if not any(trace.has_learned):
+        raise DataError(
+            f"thresholds: got a trace without learned confidences, expected one for score {LEARNED!r}; record it from "
+            f"a bundle whose model returns them, or use one of {', '.join(SCORES)}"
+        )
+    return trace.learned
+
+
+def _early_exits(trace: Trace, score: str) -> list[int]:
+    """The exits before the final one that have the score."""
+    return [k for k in range(trace.num_exits - 1) if score != LEARNED or trace.has_learned[k]]
 
 
 def right_rows(trace: Trace, reference: Reference) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
