@@ -76,7 +76,7 @@ class Trace:
         """Which exits have a learned confidence, E."""
         if not self.learned.size:
             return (False,) * self.num_exits
-        return tuple(bool(has) for has in ~np.isnan(self.learned).any(axis=0))
+        return tuple(not np.isnan(column).any() for column in self.learned.T)
 
 
 def save_trace(path: Path, trace: Trace) -> None:
