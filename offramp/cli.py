@@ -202,6 +202,7 @@ def calibrate(bundle: Path, data: str, as_json: bool, **options: Any) -> None:
     from offramp.runtime import Runner
     from offramp.trace import save_trace
     from offramp.tuning.calibrate import CalibrateOptions, calibrate
+    from offramp.tuning.thresholds import check_score
 
     chosen = CalibrateOptions(
         options["score"],
@@ -210,6 +211,7 @@ def calibrate(bundle: Path, data: str, as_json: bool, **options: Any) -> None:
         target_speedup=options["target_speedup"],
     )
     with Runner.open(bundle, **_picked(options, "backend", "threads")) as runner:
+        check_score(chosen.score, [bool(spec.learned) for spec in runner.manifest.exits])
         dataset = load_dataset(runner, data, "validation")
         trace = runner.record(dataset.batches, dataset.labels, progress=not as_json)
     calibration = calibrate(trace, chosen)

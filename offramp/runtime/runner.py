@@ -34,7 +34,7 @@ class Result(NamedTuple):
     outputs: dict[str, NDArray[np.float32]]  # "logits": (N, C), of the exit where the row left
     prediction: NDArray[np.int64]  # (N,)
     exit_index: NDArray[np.int64]  # (N,) in 0 … E-1
-    score: NDArray[np.float32]  # (N,) in [0, 1]: the policy's score at that exit
+    score: NDArray[np.float32]  # (N,) in [0, 1]: the policy's score at that exit; NaN: it has no learned one
     reason: list[str]  # N: what released the row; policy.FINAL when nothing did before the final exit
 
 
@@ -105,7 +105,7 @@ class Runner:
         path = Path(bundle)
         manifest = load_manifest(path)
         chosen = Policy.from_json(read_policy(path, manifest)) if policy is None else policy
-        chosen.check_exits(len(manifest.exits))
+        _check_policy(chosen, manifest)
         tokenizer = read_file(path, manifest.text.tokenizer) if manifest.text else b""
         engines, used = open_engines(path, manifest, backend, precision, threads)
         runner = cls(engines, manifest, chosen, backend=used, precision=precision)
@@ -121,7 +121,7 @@ class Runner:
     @policy.setter
     def policy(self, policy: Policy) -> None:
         num_exits = len(self.manifest.exits)
-        policy.check_exits(num_exits)
+        _check_policy(policy, self.manifest)
         sources = {source: policy.for_source(source) for source in policy.sources}
         inverse = tuple(policy.inverse_temperatures(num_exits))
         self._policy = policy
@@ -229,6 +229,12 @@ class Runner:
                 state = state.rows(rows) if state else None
             else:
                 rows = self._first(len(live))
+
+
+def _check_policy(policy: Policy, manifest: Manifest) -> None:
+    """Raise OptionError when `policy` is for another model."""
+    policy.check_exits(len(manifest.exits))
+    policy.check_learned([bool(spec.learned) for spec in manifest.exits])
 
 
 class Part(NamedTuple):

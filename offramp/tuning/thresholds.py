@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
 from typing import Literal, get_args
@@ -100,16 +101,19 @@ def thresholds_for_speedup(trace: Trace, score: str, target: float, temperatures
 def score_columns(trace: Trace, score: str, inverse_temperatures: NDArray[np.float32]) -> NDArray[np.float32]:
     """The score called `score` of every row and exit, (N, E); NaN for exits without a learned confidence.
 
-    A learned confidence does not change with the temperature. Raises DataError when no exit has one.
+    A learned confidence does not change with the temperature. Raises DataError when no early exit has one.
     """
-    if score != LEARNED:
-        return scores_at(trace, inverse_temperatures)[:, :, SCORES.index(score)]
-    if not any(trace.has_learned):
+    check_score(score, trace.has_learned)
+    return trace.learned if score == LEARNED else scores_at(trace, inverse_temperatures)[:, :, SCORES.index(score)]
+
+
+def check_score(score: str, has_learned: Sequence[bool]) -> None:
+    """Raise DataError when no exit before the final one has `score`; `has_learned` per exit."""
+    if score == LEARNED and not any(has_learned[:-1]):
         raise DataError(
-            f"thresholds: got a trace without learned confidences, expected one for score {LEARNED!r}; record it from "
-            f"a bundle whose model returns them, or use one of {', '.join(SCORES)}"
+            f"thresholds on score {LEARNED!r}: no exit before the final one has a learned confidence; export a model "
+            f"that returns one beside its logits, or use one of {', '.join(SCORES)}"
         )
-    return trace.learned
 
 
 def _early_exits(trace: Trace, score: str) -> list[int]:
