@@ -283,6 +283,12 @@ def _check_consistent(manifest: Manifest, path: Path) -> None:
             f"{path} has {len(segments)} segments and {len(manifest.exits)} exits; expected as many, at least 1"
         )
     names = {spec.name for spec in manifest.inputs}
+    for dimension in manifest.trims.values():
+        masks = [spec for spec in manifest.inputs if spec.is_mask and spec.shape[1:] == (dimension,)]
+        if len(masks) != 1 or dimension not in manifest.dimensions:
+            raise CorruptError(
+                f"{path}: {dimension!r} cannot be trimmed without a mask over it; export the bundle again"
+            )
     for position, segment in enumerate(segments):
         before = segments[position - 1].carry_out if position else ()
         same = len(before) == len(segment.carry_in)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +34,7 @@ from offramp.export.lower import fp16_from_segment, fp16_weight_share
 from offramp.export.probe import run_tensors
 from offramp.export.sizes import resize_inputs
 from offramp.export.source import ModelSource
+from offramp.export.trim import verified_trims
 from offramp.export.verify import Parity, verify_fp16, verify_fp32
 from offramp.policy import Policy
 from offramp.storage import staged_directory
@@ -89,6 +90,7 @@ def export_bundle(
     parity, fp32 = Parity(), Chain.open(cut.segments, graphs["fp32"])
     verify_fp32(parity, fp32, source.graph, _exit_specs(source, cut), batches)
     parity.check()
+    chains = {"fp32": fp32}
     if options.precision == "fp16":
         graphs["fp16"] = _lower(cut, fp32, batches, progress)
         progress("verifying FP16")
@@ -96,10 +98,14 @@ def export_bundle(
         fp16 = Chain.open(cut.segments, graphs["fp16"])
         verify_fp16(parity, fp32, fp16, batches, (options.atol, options.rtol))
         parity.check()
+        chains["fp16"] = fp16
+    progress("verifying without padding")
+    trims, parity.trimming = verified_trims(chains, source.inputs, dimensions, batches)
     progress("writing")
     files = _graph_files(graphs)
     whole = source.graph.SerializeToString(deterministic=True)
     manifest = _manifest(source, cut, dimensions, files, parity, file_record(WHOLE, whole))
+    manifest = replace(manifest, trims=trims)
     _write(bundle, manifest, source, files, whole)
     return manifest
 

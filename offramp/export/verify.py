@@ -74,6 +74,7 @@ class Parity:
     fp16_predictions_changed: int = 0  # of rows x exits
     fp16_exits_changed: dict[str, int] = field(default_factory=dict)  # threshold -> rows
     fp16_weight_share: list[float] = field(default_factory=list)
+    trimming: dict[str, str] = field(default_factory=dict)  # precision -> what came of cutting off padding
 
     def figures(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
@@ -132,7 +133,7 @@ def verify_fp16(
         lowered = [out for _, out in fp16.run(batch)]
         wanted = [out for _, out in reference]
         for out, other in zip(lowered, wanted, strict=True):
-            for name in out.keys() & {"logits", LEARNED}:
+            for name in sorted(out.keys() & {"logits", LEARNED}):
                 parity.fp16_chain.update(out[name], other[name], tolerance, name)
             parity.fp16_predictions_changed += int((out["prediction"] != other["prediction"]).sum())
         for threshold in DECISION_THRESHOLDS:

@@ -45,13 +45,16 @@ _DTYPES = {  # ONNX Runtime's name of a tensor type -> numpy's
 class OnnxRuntimeEngine:
     """One segment in one InferenceSession; its carry is a list of numpy arrays."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, segment: SegmentSpec, exit_spec: ExitSpec) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, manifest: Manifest, index: int) -> None:
+        segment, exit_spec = manifest.segments[index], manifest.exits[index]
         self._session: onnxruntime.InferenceSession | None = session
         self._index = segment.index
         self._model_inputs = segment.inputs
         self._carry_names = [tensor.name for tensor in segment.carry_in]
         self._outputs = [tensor.name for tensor in _expected_outputs(segment, exit_spec)]
         self._num_carried = len(segment.carry_out)
+        self._carry_shapes = [tensor.shape for tensor in segment.carry_in]
+        self._input_shapes = {spec.name: spec.shape for spec in manifest.inputs}
 
     def run(self, carry: Any, rows: NDArray[np.int64], inverse_temperature: np.float32) -> SegmentOutput:
         """See Engine.run. Raises BackendError when ONNX Runtime fails or the engine is closed."""
@@ -72,6 +75,13 @@ class OnnxRuntimeEngine:
             ) from exc
         return SegmentOutput(values[: self._num_carried], *values[self._num_carried :])
 
+    def trimmed(self, carry: Any, dimension: str, size: int) -> Any:
+        """See Engine.trimmed: views of the arrays, which ONNX Runtime copies."""
+        if not self._index:
+            return {name: array[_first(size, dimension, self._input_shapes[name])] for name, array in carry.items()}
+        handed = zip(carry, self._carry_shapes, strict=True)
+        return [array[_first(size, dimension, shape)] for array, shape in handed]
+
     def close(self) -> None:
         """See Engine.close."""
         self._session = None
@@ -83,14 +93,14 @@ def open_onnxruntime_engines(bundle: Path, manifest: Manifest, precision: str, t
     Raises OptionError, CorruptError (a file, or a tensor that is not the manifest's) or BundleError.
     """
     return [
-        _engine_from_segment(bundle, segment, exit_spec, precision, threads)
-        for segment, exit_spec in zip(manifest.segments, manifest.exits, strict=True)
+        _engine_from_segment(bundle, manifest, index, precision, threads) for index in range(len(manifest.segments))
     ]
 
 
 def _engine_from_segment(
-    bundle: Path, segment: SegmentSpec, exit_spec: ExitSpec, precision: str, threads: int
+    bundle: Path, manifest: Manifest, index: int, precision: str, threads: int
 ) -> OnnxRuntimeEngine:
+    segment, exit_spec = manifest.segments[index], manifest.exits[index]
     if segment.index and segment.inputs:
         raise BundleError(
             f"opening segment {segment.index} of {bundle}: it reads the model inputs "
@@ -107,7 +117,12 @@ def _engine_from_segment(
     session = open_session(read_file(bundle, record), threads, str(place))
     _check_tensors(session.get_inputs(), _expected_inputs(session.get_inputs(), segment), f"{place}: input")
     _check_tensors(session.get_outputs(), _expected_outputs(segment, exit_spec), f"{place}: output")
-    return OnnxRuntimeEngine(session, segment, exit_spec)
+    return OnnxRuntimeEngine(session, manifest, index)
+
+
+def _first(size: int, dimension: str, shape: tuple[Dimension, ...]) -> tuple[slice, ...]:
+    """The index that takes the first `size` along `dimension` of an array of `shape`."""
+    return tuple(slice(size if name == dimension else None) for name in shape)
 
 
 def open_session(content: bytes, threads: int, place: str) -> onnxruntime.InferenceSession:

@@ -23,6 +23,7 @@ from offramp.runtime.engine import Engine, SegmentOutput
 from offramp.runtime.inputs import checked_inputs
 from offramp.runtime.record import record_trace
 from offramp.runtime.text import TextEncoder
+from offramp.runtime.trimming import trimming_from_manifest
 from offramp.trace import Trace
 
 _USUAL_ROWS = 1024  # positions kept at hand; more are made when they are asked for
@@ -86,6 +87,7 @@ class Runner:
         limits = manifest.dimensions.get(ROWS)
         self._max_rows = limits.max if limits else sys.maxsize
         self._positions = np.arange(min(self._max_rows, _USUAL_ROWS))
+        self._trimming = trimming_from_manifest(manifest, precision)
         self.policy = policy
 
     @classmethod
@@ -211,7 +213,10 @@ class Runner:
         carry: Any = inputs
         state = None
         rows = self._first(len(live))  # (S,) positions in the previous segment's output
+        padding = self._trimming.padding_of(inputs) if self._trimming and len(live) > 1 else None
         for k, engine in enumerate(self.engines):
+            if padding:
+                carry = padding.cut(engine, carry, rows, is_first=k == 0)
             out = engine.run(carry, rows, inverse_temperatures[k])
             carry = out.carry
             if k == final:

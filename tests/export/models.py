@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -213,6 +214,23 @@ class BatchNormalised(nn.Module):
         return tuple(head(features - features.mean(0, keepdim=True)) for head in self.heads)
 
 
+class Pooled(nn.Module):
+    """Layers over tokens, pooled by `pool` from the states (N, T, d) and the mask (N, T) to a row (N, d)."""
+
+    def __init__(self, pool: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.pool, self.table = pool, nn.Embedding(50, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.heads = nn.ModuleList(nn.Linear(8, 2) for _ in range(3))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        x, logits = self.table(input_ids), []
+        for layer, head in zip(self.layers, self.heads, strict=True):
+            x = torch.tanh(layer(x)) + x
+            logits.append(head(self.pool(x, attention_mask)))
+        return tuple(logits)
+
+
 class Said(NamedTuple):
     """What a model with learned confidences says at an exit."""
 
@@ -242,6 +260,10 @@ class Confident(nn.Module):
 
 def confident(has_learned: tuple[bool, ...] = (True, True, True)) -> tuple[nn.Module, Example]:
     return with_fixed_weights(Confident(has_learned)), Example({"features": waves(24, 6)}, max_rows=16)
+
+
+def pooled(pool: Callable[[Tensor, Tensor], Tensor]) -> tuple[nn.Module, Example]:
+    return with_fixed_weights(Pooled(pool)), pruned_bert()[1]
 
 
 def waves(*shape: int) -> Tensor:
