@@ -75,17 +75,20 @@ def thresholds_for_speedup(trace: Trace, score: str, target: float, temperatures
     """The strictest threshold, one for all exits, that makes a row of `trace` cost at most 1 / `target` of full depth.
 
     Costs are the recorded ones. A stricter threshold never costs less, so it is found by bisection over the levels of
-    all scores. Raises OptionError when `target` is not above 1 or beyond what leaving at the first exit reaches.
+    all scores. Exits without a learned confidence stay closed when that is the score. Raises OptionError when `target`
+    is not above 1 or beyond what leaving at the first exit reaches, DataError when no early exit has the score.
     """
     closed = Policy.thresholds(score, [None] * (trace.num_exits - 1), temperatures)
     closed.check_exits(trace.num_exits)
     if not 1 < target < math.inf:
         raise OptionError(f"thresholds: got a target speedup of {target}, expected a number above 1")
-    scores = scores_at(trace, closed.inverse_temperatures(trace.num_exits))
-    _, edges = _levels_and_edges(_doubts(scores[:, :-1, SCORES.index(score)], score).ravel())
+    early = _early_exits(trace, score)
+    scores = score_columns(trace, score, closed.inverse_temperatures(trace.num_exits))
+    _, edges = _levels_and_edges(_doubts(scores[:, early], score).ravel())
 
     def policy(quota: int) -> Policy:
-        return replace(closed, limits=(_limit(edges, quota, score),) * (trace.num_exits - 1))
+        limit = _limit(edges, quota, score)
+        return replace(closed, limits=tuple(limit if k in early else None for k in range(trace.num_exits - 1)))
 
     def speedup(quota: int) -> float:
         return float(cumulative_costs_ms(trace)[-1]) / expected_cost_ms(replay(policy(quota), trace).exit_index, trace)

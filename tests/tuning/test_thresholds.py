@@ -281,6 +281,9 @@ def test_exits_without_a_learned_confidence_stay_closed() -> None:
     assert policy.limits[1] is None
     assert None not in (policy.limits[0], policy.limits[2])
     assert set(replay(policy, changed(trace, learned=learned)).exit_index.tolist()) == {0, 2, 3}
+    faster = thresholds_for_speedup(changed(trace, learned=learned), "learned", 1.3)
+    assert faster.limits[1] is None
+    assert faster.limits[0] == faster.limits[2]
     with pytest.raises(DataError, match="no exit before the final one has a learned confidence"):
         fastest_thresholds(trace, "learned", 0.05)
     with pytest.raises(OptionError, match=r"at exits 0, 2; .* at exits \(none\)"):
