@@ -18,13 +18,14 @@ from typing import Any
 from offramp.errors import BundleError, CorruptError, VersionError
 from offramp.storage import remove_file, write_file
 
-SCHEMA = 1
+SCHEMA = 2  # 2 added ExitSpec.learned and Manifest.trims
 MANIFEST = "manifest.json"
 POLICY = "policy.json"
 ROWS = "rows"  # dimension name of the row axis, and name of the input with the rows that go on
 PREVIOUS_ROWS = "previous_rows"  # leading dimension of a carried tensor as it comes in
 INVERSE_TEMPERATURE = "inverse_temperature"
 SCORES = ("max_prob", "margin", "entropy")  # columns of the `scores` output, in order
+LEARNED = "learned"  # the output of an exit that has a learned confidence, and the score of that name
 
 Dimension = int | str
 
@@ -88,6 +89,7 @@ class ExitSpec:
 
     name: str
     num_classes: int
+    learned: str = ""  # output of the whole graph with its learned confidence; empty: it has none
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ class Manifest:
     text: TextSpec | None = None
     tools: dict[str, str] = field(default_factory=dict)
     parity: dict[str, Any] = field(default_factory=dict)
+    trims: dict[str, str] = field(default_factory=dict)  # precision -> dimension: its padding may be cut off
     schema: int = SCHEMA
 
     @property
@@ -175,7 +178,8 @@ def load_manifest(bundle: Path) -> Manifest:
 
 
 def manifest_bytes(manifest: Manifest) -> bytes:
-    """The manifest as UTF-8 JSON, byte for byte the same for equal manifests."""
+    """The manifest as UTF-8 JSON in this version's schema, byte for byte the same for equal manifests."""
+    manifest = replace(manifest, schema=SCHEMA)
     return (json.dumps(dataclasses.asdict(manifest), indent=2, sort_keys=True) + "\n").encode()
 
 
@@ -279,6 +283,12 @@ def _check_consistent(manifest: Manifest, path: Path) -> None:
             f"{path} has {len(segments)} segments and {len(manifest.exits)} exits; expected as many, at least 1"
         )
     names = {spec.name for spec in manifest.inputs}
+    for dimension in manifest.trims.values():
+        masks = [spec for spec in manifest.inputs if spec.is_mask and spec.shape[1:] == (dimension,)]
+        if len(masks) != 1 or dimension not in manifest.dimensions:
+            raise CorruptError(
+                f"{path}: {dimension!r} cannot be trimmed without a mask over it; export the bundle again"
+            )
     for position, segment in enumerate(segments):
         before = segments[position - 1].carry_out if position else ()
         same = len(before) == len(segment.carry_in)

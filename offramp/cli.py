@@ -18,6 +18,7 @@ import click
 from offramp.errors import BuildError, DataError, InputError, OfframpError, OptionError
 
 _USAGE_ERRORS = (OptionError, InputError, DataError)
+_SCORES = ["max_prob", "margin", "entropy", "learned"]
 _CANCELLED = 130  # what a shell expects after Ctrl-C
 
 
@@ -97,6 +98,7 @@ def train(output: Path, resume: bool, as_json: bool, **options: Any) -> None:
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle directory to write.")
 @click.option("--exits", default="", help="Outputs that are exits, in order of depth: logits_1,logits_2,…")
+@click.option("--learned", default="", help="Outputs with the exits' learned confidences: conf_1,conf_2; - for none.")
 @click.option("--opset", default=20, show_default=True, help="ONNX opset to capture at.")
 @click.option(
     "--precision",
@@ -115,7 +117,8 @@ def export(model: str, output: Path, exits: str, precision: str, as_json: bool, 
     """Cut MODEL at its exits into a bundle: one verified graph per segment, in FP32 and what --precision says.
 
     MODEL is a checkpoint directory of `offramp train`, package.module:factory returning (nn.Module, Example), or
-    an .onnx file whose outputs named by --exits are the exits and whose inputs have the rows on axis 0.
+    an .onnx file whose outputs named by --exits are the exits and whose inputs have the rows on axis 0. Exits may have
+    a learned confidence, the probability that they are right: a torch model returns it, for an .onnx pass --learned.
     """
     from offramp.commands.sources import source_from_argument
     from offramp.export.export_bundle import ExportOptions, check_target, export_bundle
@@ -125,7 +128,8 @@ def export(model: str, output: Path, exits: str, precision: str, as_json: bool, 
     steps = _steps(not as_json)
     steps("capturing")
     ranges = _dimension_ranges(options["dimension"])
-    source = source_from_argument(model, _names(exits), options["opset"], options["calibration_data"], ranges)
+    learned = _names(options["learned"])
+    source = source_from_argument(model, _names(exits), options["opset"], options["calibration_data"], ranges, learned)
     manifest = export_bundle(source, output, lowering, steps)
     from offramp.commands.inspection import describe_bundle
 
@@ -190,7 +194,7 @@ def build_engine(bundle: Path, as_json: bool, **options: Any) -> None:
 @main.command()
 @BUNDLE
 @DATA
-@click.option("--score", type=click.Choice(["max_prob", "margin", "entropy"]), default="max_prob", show_default=True)
+@click.option("--score", type=click.Choice(_SCORES), default="max_prob", show_default=True)
 @click.option("--max-drop", default=0.01, show_default=True, help="Accuracy that may be lost, as a fraction.")
 @click.option("--target-speedup", default=1.0, help="Instead: one threshold for all exits that is this much faster.")
 @click.option("--consistency", is_flag=True, help="No labels: bound answers that differ from full depth instead.")
@@ -210,6 +214,7 @@ def calibrate(bundle: Path, data: str, as_json: bool, **options: Any) -> None:
     from offramp.runtime import Runner
     from offramp.trace import save_trace
     from offramp.tuning.calibrate import CalibrateOptions, calibrate
+    from offramp.tuning.thresholds import check_score
 
     chosen = CalibrateOptions(
         options["score"],
@@ -218,6 +223,7 @@ def calibrate(bundle: Path, data: str, as_json: bool, **options: Any) -> None:
         target_speedup=options["target_speedup"],
     )
     with Runner.open(bundle, **_picked(options, "backend", "precision", "threads")) as runner:
+        check_score(chosen.score, [bool(spec.learned) for spec in runner.manifest.exits])
         dataset = load_dataset(runner, data, "validation")
         trace = runner.record(dataset.batches, dataset.labels, progress=not as_json)
     calibration = calibrate(trace, chosen)

@@ -16,12 +16,11 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle import SCORES
+from offramp.bundle import LEARNED, SCORES
 from offramp.errors import OptionError
 
 SCHEMA = 2  # 1 had a score, thresholds and temperatures only, and is read as what it says
 FINAL = "final"  # reason of a row that nothing released earlier
-LEARNED = "learned"  # the score that a model's own confidence output gives
 POLICY_SCORES = (*SCORES, LEARNED)
 
 _COLUMNS = {score: column for column, score in enumerate(SCORES)}
@@ -200,6 +199,20 @@ class Policy:
                 )
         for policy in self.sources.values():
             policy.check_exits(num_exits)
+
+    def check_learned(self, has_learned: Sequence[bool]) -> None:
+        """Raise OptionError unless every exit that is open on the learned score has one; `has_learned` per exit."""
+        is_open = [limit is not None and k + 1 >= self.minimum_depth for k, limit in enumerate(self.limits)]
+        lacking = [str(k) for k, opened in enumerate(is_open) if opened and not has_learned[k]]
+        if self.score == LEARNED and lacking:
+            having = [str(k) for k, has in enumerate(has_learned) if has]
+            raise OptionError(
+                f"policy decides by the score {LEARNED!r} at exits {', '.join(lacking)}; the model has a learned "
+                f"confidence at exits {', '.join(having) or '(none)'}; use another score (`offramp calibrate --score "
+                f"max_prob`), or export a model that returns one"
+            )
+        for policy in self.sources.values():
+            policy.check_learned(has_learned)
 
     def to_json(self) -> str:
         """The policy as JSON; `from_json` gives back exactly this policy."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import zipfile
 import zlib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,8 @@ UNKNOWN = -1  # label of a row whose label is not known
 class Trace:
     """Every exit's answers about N rows, taken with all exits closed.
 
-    `costs_ms` (E,) is the median time of each segment for one row, measured where the trace was recorded.
+    `costs_ms` (E,) is the median time of each segment for one row, measured where the trace was recorded. `learned`
+    has no columns for a model without learned confidences, else one per exit, NaN for the exits without.
     """
 
     logits: NDArray[np.float32]  # (N, E, C)
@@ -38,17 +39,21 @@ class Trace:
     fingerprint: str  # Manifest.fingerprint of the bundle
     backend: str
     precision: str
+    learned: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))  # (N, E) or (N, 0)
 
     def __post_init__(self) -> None:
         if self.logits.ndim != 3 or not np.isfinite(self.logits).all():
             raise DataError(f"trace: got logits of shape {self.logits.shape}, expected finite (rows, exits, classes)")
         rows, exits, classes = self.logits.shape
+        if not self.learned.size:
+            object.__setattr__(self, "learned", np.empty((rows, 0), np.float32))
         expected = {
             "scores": (rows, exits, len(SCORES)),
             "predictions": (rows, exits),
             "temperatures": (exits,),
             "labels": (rows,),
             "costs_ms": (exits,),
+            "learned": (rows, exits if self.learned.size else 0),
         }
         for name, shape in expected.items():
             if (got := getattr(self, name).shape) != shape:
@@ -58,9 +63,20 @@ class Trace:
                 f"trace: got labels in [{self.labels.min()}, {self.labels.max()}], expected below {classes}"
             )
 
+        missing, right = np.isnan(self.learned), (self.learned >= 0) & (self.learned <= 1)
+        if not (missing.all(axis=0) | right.all(axis=0)).all():
+            raise DataError("trace: got learned outside [0, 1], expected probabilities, or NaN for a whole exit")
+
     @property
     def num_exits(self) -> int:
         return int(self.logits.shape[1])
+
+    @property
+    def has_learned(self) -> tuple[bool, ...]:
+        """Which exits have a learned confidence, E."""
+        if not self.learned.size:
+            return (False,) * self.num_exits
+        return tuple(not np.isnan(column).any() for column in self.learned.T)
 
 
 def save_trace(path: Path, trace: Trace) -> None:
@@ -72,10 +88,11 @@ def save_trace(path: Path, trace: Trace) -> None:
 
 
 def load_trace(path: Path) -> Trace:
-    """Read a trace written by `save_trace`. Raises DataError."""
+    """Read a trace written by `save_trace`, also by one that knew no learned confidences. Raises DataError."""
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
-            arrays: dict[str, Any] = {f.name: archive[f.name] for f in fields(Trace)}
+            names = [f.name for f in fields(Trace) if f.name != "learned" or f.name in archive.files]
+            arrays: dict[str, Any] = {name: archive[name] for name in names}
         arrays |= {name: str(arrays[name]) for name in ("fingerprint", "backend", "precision")}
         return Trace(**arrays)
     except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as exc:

@@ -16,6 +16,7 @@ SCRIPTS = {
     "cut_costs": ["--quick"],
     "int8": ["--quick"],
     "runner_overhead": ["--quick"],
+    "trimming": ["--quick"],
 }
 
 

@@ -35,6 +35,7 @@ from offramp.bundle import (
 )
 from offramp.errors import BundleError, CorruptError, StorageError, VersionError
 
+LATER_FIELDS = ("learned", "trims")  # what schema 1 did not have
 OLD, NEW = b'{"policy": "old"}', b'{"policy": "new"}'
 CARRY = (TensorSpec("hidden", "float32", ("rows", "sequence", 8)),)
 
@@ -164,8 +165,8 @@ def test_a_manifest_that_is_no_object_is_refused(path: Path, content: bytes) -> 
 
 
 def test_a_newer_manifest_is_told_from_a_broken_one(path: Path) -> None:
-    (path / "manifest.json").write_text('{"schema": 2, "everything": "else is unknown"}')
-    with pytest.raises(VersionError, match=r"schema 2, this offramp reads up to 1; upgrade"):
+    (path / "manifest.json").write_text('{"schema": 3, "everything": "else is unknown"}')
+    with pytest.raises(VersionError, match=r"schema 3, this offramp reads up to 2; upgrade"):
         load_manifest(path)
 
 
@@ -331,3 +332,18 @@ def test_a_plan_that_cannot_be_replaced_leaves_a_whole_bundle(path: Path, monkey
 
 def test_file_records(path: Path) -> None:
     assert file_record("a/b", b"") == FileRecord("a/b", 0, hashlib.sha256(b"").hexdigest())
+
+
+def test_a_bundle_of_schema_1_is_read_and_written_anew(path: Path) -> None:
+    """It lacks what schema 2 added; whoever updates its policy writes a manifest that says which fields it has."""
+    document = json.loads((path / "manifest.json").read_text())
+    document["schema"] = 1
+    for owner in (document, *document["exits"]):
+        for name in LATER_FIELDS:
+            owner.pop(name, None)
+    (path / "manifest.json").write_text(json.dumps(document))
+    manifest = load_manifest(path)
+    assert (manifest.trims, [spec.learned for spec in manifest.exits]) == ({}, ["", ""])
+    replace_policy(path, NEW)
+    assert json.loads((path / "manifest.json").read_text())["schema"] == 2
+    assert load_manifest(path).exits == manifest.exits

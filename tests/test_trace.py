@@ -40,6 +40,20 @@ def test_a_trace_survives_its_file(tmp_path: Path, rows: int) -> None:
     assert loaded.num_exits == 2
 
 
+def test_learned_confidences_are_per_exit(tmp_path: Path) -> None:
+    assert make_trace().has_learned == (False, False)
+    trace = replace(make_trace(), learned=np.array([[0.25, np.nan]] * 4, np.float32))
+    assert trace.has_learned == (True, False)
+    save_trace(tmp_path / "trace.npz", trace)
+    np.testing.assert_array_equal(load_trace(tmp_path / "trace.npz").learned, trace.learned, strict=True)
+
+
+def test_a_trace_from_before_learned_confidences_has_none(tmp_path: Path) -> None:
+    arrays = {f.name: np.asarray(getattr(make_trace(), f.name)) for f in fields(Trace) if f.name != "learned"}
+    np.savez(tmp_path / "trace.npz", **arrays)
+    assert load_trace(tmp_path / "trace.npz").learned.shape == (4, 0)
+
+
 BAD: dict[str, tuple[dict[str, Any], str]] = {
     "flat logits": ({"logits": np.zeros((4, 6), np.float32)}, r"logits of shape \(4, 6\)"),
     "NaN": ({"logits": np.full((4, 2, 3), np.nan, np.float32)}, "expected finite"),
@@ -48,6 +62,9 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "temperatures": ({"temperatures": np.ones(3)}, "temperatures"),
     "labels": ({"labels": np.zeros(5, np.int64)}, "labels of shape"),
     "costs": ({"costs_ms": np.ones(1)}, "costs_ms"),
+    "learned shape": ({"learned": np.zeros((4, 1), np.float32)}, r"learned of shape \(4, 1\), expected \(4, 2\)"),
+    "learned range": ({"learned": np.full((4, 2), 1.5, np.float32)}, r"learned outside \[0, 1\]"),
+    "learned holes": ({"learned": np.array([[0.5, 0.5]] * 3 + [[np.nan, 0.5]], np.float32)}, "NaN for a whole exit"),
     "label too large": ({"labels": np.array([0, 1, 2, 3])}, r"labels in \[0, 3\], expected below 3"),
     "label too small": ({"labels": np.array([0, 1, 2, UNKNOWN - 1])}, r"labels in \[-2, 2\]"),
 }

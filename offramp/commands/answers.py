@@ -8,6 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from offramp.commands.dataset import Inputs, load_dataset
 from offramp.errors import DataError
 from offramp.runtime import Runner
@@ -24,7 +26,7 @@ def answers(runner: Runner, data: str, batch_size: int) -> Iterator[dict[str, An
             answer = {
                 "prediction": prediction,
                 "exit_index": int(result.exit_index[row]),
-                "score": float(result.score[row]),
+                "score": None if np.isnan(result.score[row]) else float(result.score[row]),
                 "reason": result.reason[row],
             }
             if runner.manifest.labels:

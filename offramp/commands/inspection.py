@@ -40,8 +40,11 @@ def lines_from_description(description: dict[str, Any]) -> Iterator[str]:
         yield f"  input {spec['name']} {spec['dtype']} {_shape(spec['shape'])}{values}"
     for name, limits in description["dimensions"].items():
         yield f"  {name}: {limits['min']} … {limits['max']}"
+    for precision, dimension in description["trims"].items():
+        yield f"  cuts off padding along {dimension} in {precision}"
     for segment, exit_spec in zip(description["segments"], description["exits"], strict=True):
-        yield f"segment {segment['index']} → exit {exit_spec['name']}, {exit_spec['num_classes']} classes"
+        learned = f", learned confidence {exit_spec['learned']}" if exit_spec["learned"] else ""
+        yield f"segment {segment['index']} → exit {exit_spec['name']}, {exit_spec['num_classes']} classes{learned}"
         for tensor in segment["carry_out"]:
             yield f"  carries {tensor['name']} {tensor['dtype']} {_shape(tensor['shape'])}"
         for precision, record in segment["graphs"].items():

@@ -27,6 +27,7 @@ def source_from_argument(
     opset: int,
     calibration_data: str,
     dimensions: Mapping[str, DimensionSpec],
+    learned: Sequence[str] = (),
 ) -> ModelSource:
     """The model that `model` names: a checkpoint directory, an .onnx file, or package.module:factory.
 
@@ -34,7 +35,12 @@ def source_from_argument(
     """
     path = Path(model)
     if path.suffix == ".onnx":
-        return _from_onnx(path, exits, calibration_data, dimensions)
+        return _from_onnx(path, exits, learned, calibration_data, dimensions)
+    if learned:
+        raise OptionError(
+            f"--learned: got {','.join(learned)} for {model!r}; expected it for an .onnx file only: a torch model "
+            f"returns its learned confidences beside its logits"
+        )
     if path.is_dir():
         return _from_checkpoint(path, exits, opset, calibration_data)
     if ":" in model:
@@ -83,13 +89,17 @@ def _batches(path: Path, arrays: Arrays, inputs: Sequence[InputSpec]) -> tuple[A
 
 
 def _from_onnx(
-    path: Path, exits: Sequence[str], calibration_data: str, dimensions: Mapping[str, DimensionSpec]
+    path: Path,
+    exits: Sequence[str],
+    learned: Sequence[str],
+    calibration_data: str,
+    dimensions: Mapping[str, DimensionSpec],
 ) -> ModelSource:
-    source = source_from_onnx(path, exits, dimensions, {})
+    source = source_from_onnx(path, exits, dimensions, {}, learned)
     if not calibration_data:
         return source
     batches = batches_from_file(Path(calibration_data), source.inputs)
-    return replace(source_from_onnx(path, exits, dimensions, batches[0]), calibration=batches)
+    return replace(source_from_onnx(path, exits, dimensions, batches[0], learned), calibration=batches)
 
 
 def _from_checkpoint(path: Path, exits: Sequence[str], opset: int, calibration_data: str) -> ModelSource:

@@ -9,9 +9,10 @@ import onnx
 
 from offramp.bundle import load_manifest, read_file, read_policy
 from offramp.commands.uncut import load_reference
-from offramp.errors import DataError
+from offramp.errors import DataError, ParityError
 from offramp.export.chain import Arrays, Chain
 from offramp.export.export_bundle import INPUTS, reference_path
+from offramp.export.trim import verified_trims
 from offramp.export.verify import Parity, verify_fp32
 
 
@@ -28,11 +29,15 @@ def verify_bundle(bundle: Path) -> Parity:
     for record in records:
         read_file(bundle, record)
     models = [onnx.load_model_from_string(read_file(bundle, spec.graphs["fp32"])) for spec in manifest.segments]
-    parity = Parity()
-    names = [spec.name for spec in manifest.exits]
-    whole = load_reference(bundle, manifest)
-    verify_fp32(parity, Chain.open(manifest.segments, models), whole, names, [_inputs(bundle)])
+    parity, chain, batches = Parity(), Chain.open(manifest.segments, models), [_inputs(bundle)]
+    verify_fp32(parity, chain, load_reference(bundle, manifest), manifest.exits, batches)
     parity.check()
+    trims, parity.trimming = verified_trims({"fp32": chain}, manifest.inputs, manifest.dimensions, batches)
+    if "fp32" in manifest.trims and not trims:
+        raise ParityError(
+            f"{bundle}: padding was cut off without changing a bit where it was exported, and changes some here: "
+            f"{parity.trimming['fp32']}; export the bundle on this machine"
+        )
     return parity
 
 

@@ -1,6 +1,7 @@
 """Capture: from a torch model to one ONNX graph with all exits as outputs.
 
-A model is any `nn.Module` whose forward returns the logits of its exits in order, the final exit last.
+A model is any `nn.Module` whose forward returns what its exits say in order, the final exit last. An exit is a tensor
+of logits, or a NamedTuple of `logits` and `learned`: the probability, per row, that these logits are right.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from offramp.export.sizes import nominal_size, probing_sizes, resize_inputs
 from offramp.export.source import MASK_NAME, MAX_ROWS, input_specs
 
 DEFAULT_OPSET = 20  # from 23 on, torch writes Attention: ONNX Runtime's CPU provider refuses its masks
+LOGITS, LEARNED = "logits_", "learned_"  # of the names of the outputs; the number of the exit follows, from 1
 _COMPARED_SIZES = 3  # sizes at which model and graph are compared
 _RTOL, _ATOL = 1e-2, 1e-2  # wide enough for FP16 weights; what tracing fixed is wrong altogether
 _MAX_MESSAGE = 600
@@ -115,13 +117,13 @@ class Example:
 def graph_from_model(model: nn.Module, example: Example, opset: int = DEFAULT_OPSET) -> ModelProto:
     """Export `model` whole, all exits as outputs `logits_1` … `logits_E`, with dynamic rows.
 
-    The same model gives the same bytes. Raises CaptureError when torch cannot export it, or when it returns
-    something else than one tensor of logits per exit.
+    After them come `learned_k` of every exit k that has a learned confidence. The same model gives the same bytes.
+    Raises CaptureError when torch cannot export it, or when it returns something else than described above.
     """
     with _evaluating(model):
-        num_exits = _count_exits(model, example)
-        names = [f"logits_{position + 1}" for position in range(num_exits)]
-        program = _exported(model, example, names, opset)
+        exits = _example_exits(model, example)
+        flat = model if all(isinstance(said, Tensor) for said in exits) else _Flat(model, tuple(example.inputs))
+        program = _exported(flat, example, list(_named(exits)), opset)
         onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program.model)  # source paths and code lines
         graph = program.model_proto
         _check_against_model(model, example, graph)
@@ -146,7 +148,7 @@ def _exported(model: nn.Module, example: Example, names: list[str], opset: int) 
     arguments: dict[str, Any] = {"kwargs": dict(example.inputs)}
     exported = model
     if not parameters.keys() >= shapes.keys():  # torch.export gives inputs that land in **kwargs no dynamic axes
-        exported = _ByPosition(model, tuple(example.inputs))
+        exported = model if isinstance(model, _Flat) else _Flat(model, tuple(example.inputs))
         arguments, shapes = {"args": tuple(example.inputs.values())}, (tuple(shapes.values()),)
     try:
         with _quiet_exporter():
@@ -161,43 +163,82 @@ def _exported(model: nn.Module, example: Example, names: list[str], opset: int) 
                 external_data=False,
             )
     except Exception as exc:  # torch raises many classes here; all mean the same to the caller
-        raise CaptureError(f"capturing {type(model).__name__}: torch.onnx.export failed: {_in_short(exc)}") from exc
+        raise CaptureError(f"capturing {_kind(model)}: torch.onnx.export failed: {_in_short(exc)}") from exc
     if program is None:
-        raise CaptureError(f"capturing {type(model).__name__}: torch.onnx.export returned nothing")
+        raise CaptureError(f"capturing {_kind(model)}: torch.onnx.export returned nothing")
     return program
 
 
-class _ByPosition(nn.Module):
-    """A model whose forward takes **kwargs, called with its inputs in order."""
+class _Flat(nn.Module):
+    """A model called with its inputs in order, which returns a flat tuple of tensors."""
 
     def __init__(self, model: nn.Module, names: tuple[str, ...]) -> None:
         super().__init__()
         self.model, self.names = model, names
         self.training = model.training
 
-    def forward(self, *inputs: Tensor) -> Any:
-        return self.model(**dict(zip(self.names, inputs, strict=True)))
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return tuple(_named(self.model(**dict(zip(self.names, inputs, strict=True)))).values())
 
 
-def _count_exits(model: nn.Module, example: Example) -> int:
+def _kind(model: nn.Module) -> str:
+    return type(model.model if isinstance(model, _Flat) else model).__name__
+
+
+def _named(exits: Any) -> dict[str, Tensor]:
+    """What forward returned under the names of the graph's outputs: all logits first, then what is learned."""
+    logits = {f"{LOGITS}{k}": said if isinstance(said, Tensor) else said.logits for k, said in enumerate(exits, 1)}
+    learned = {f"{LEARNED}{k}": getattr(said, "learned", None) for k, said in enumerate(exits, 1)}
+    return logits | {name: tensor for name, tensor in learned.items() if tensor is not None}
+
+
+def _example_exits(model: nn.Module, example: Example) -> Any:
+    """What the model's exits say about its example, checked."""
     rows = next(iter(example.inputs.values())).shape[0]
     try:
         with torch.no_grad():
-            outputs = model(**example.inputs)
+            exits = model(**example.inputs)
     except Exception as exc:
         raise CaptureError(f"running {type(model).__name__} on its example inputs: {_in_short(exc)}") from exc
-    if not isinstance(outputs, (tuple, list)) or not outputs or not all(isinstance(value, Tensor) for value in outputs):
+    # one exit's NamedTuple is itself a tuple of tensors
+    if not isinstance(exits, (tuple, list)) or not exits or hasattr(exits, "logits") or not all(map(_is_exit, exits)):
         raise CaptureError(
-            f"{type(model).__name__}.forward returned {type(outputs).__name__}; expected a tuple with one tensor of "
-            f"logits (rows, classes) per exit, the final exit last"
+            f"{type(model).__name__}.forward returned {_drawn(exits)}; expected a tuple with one tensor of "
+            f"logits (rows, classes) per exit, the final exit last; or, per exit, a NamedTuple with the fields logits "
+            f"and learned"
         )
-    for position, logits in enumerate(outputs):
-        if logits.ndim != 2 or logits.shape[0] != rows:
+    for name, tensor in _named(exits).items():
+        kind, _, number = name.partition("_")
+        place = f"exit {number} of {type(model).__name__}"
+        if kind == "logits" and (tensor.ndim != 2 or tensor.shape[0] != rows):
+            raise CaptureError(f"{place} is {tuple(tensor.shape)} for {rows} rows; expected ({rows}, classes)")
+        if kind == "learned" and tensor.shape not in ((rows,), (rows, 1)):
             raise CaptureError(
-                f"exit {position + 1} of {type(model).__name__} is {tuple(logits.shape)} for {rows} rows; expected "
-                f"({rows}, classes)"
+                f"{place}: its learned confidence is {tuple(tensor.shape)} for {rows} rows; expected ({rows},) or "
+                f"({rows}, 1)"
             )
-    return len(outputs)
+    return exits
+
+
+def _is_exit(said: Any) -> bool:
+    """Logits, or a NamedTuple of logits and perhaps a learned confidence: what else it had would be lost in silence."""
+    if isinstance(said, Tensor):
+        return True
+    fields = getattr(said, "_fields", ())
+    if "logits" not in fields or not {"logits", "learned"}.issuperset(fields):
+        return False
+    return isinstance(said.logits, Tensor) and isinstance(getattr(said, "learned", None), (Tensor, type(None)))
+
+
+def _drawn(exits: Any) -> str:
+    """The kind of what forward returned, and what is in it where that is no tensor."""
+    kinds = [type(said) for said in exits] if isinstance(exits, (tuple, list)) else []
+    inside = [
+        f"{kind.__name__}({', '.join(kind._fields)})" if hasattr(kind, "_fields") else kind.__name__
+        for kind in kinds
+        if kind is not Tensor
+    ]
+    return type(exits).__name__ + (f" of {', '.join(dict.fromkeys(inside))}" if inside else "")
 
 
 def _check_against_model(model: nn.Module, example: Example, graph: ModelProto) -> None:
@@ -209,21 +250,19 @@ def _check_against_model(model: nn.Module, example: Example, graph: ModelProto) 
         tensors = {name: torch.from_numpy(value).to(example.inputs[name].device) for name, value in feed.items()}
         try:
             with torch.no_grad():
-                expected = [logits.double().cpu().numpy() for logits in model(**tensors)]
+                expected = {name: said.double().cpu().numpy() for name, said in _named(model(**tensors)).items()}
         except Exception:
             continue  # a length that the model itself refuses
         place = f"{type(model).__name__} at {', '.join(f'{symbol}={length}' for symbol, length in size.items())}"
         cure = "something in forward was fixed when it was traced; compute it from tensor shapes"
         try:
-            got = session.run(None, feed)
+            got = session.run(list(expected), feed)
         except Exception as exc:
             raise CaptureError(f"{place}: the exported graph does not run ({exc}) and the model does; {cure}") from exc
-        for position, (logits, wanted) in enumerate(zip(got, expected, strict=True)):
-            if logits.shape != wanted.shape or not np.allclose(logits, wanted, _RTOL, _ATOL, equal_nan=True):
-                worst = np.abs(logits - wanted).max() if logits.shape == wanted.shape else logits.shape
-                raise CaptureError(
-                    f"{place}: exit {position + 1} of the exported graph differs from the model ({worst}); {cure}"
-                )
+        for (name, wanted), said in zip(expected.items(), got, strict=True):
+            if said.shape != wanted.shape or not np.allclose(said, wanted, _RTOL, _ATOL, equal_nan=True):
+                worst = np.abs(said - wanted).max() if said.shape == wanted.shape else said.shape
+                raise CaptureError(f"{place}: {name} of the exported graph differs from the model ({worst}); {cure}")
 
 
 def _in_short(exc: Exception) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from onnx import NodeProto, numpy_helper
 
@@ -15,8 +15,8 @@ _RANDOM = frozenset(
 )
 
 
-def check_graph(view: GraphView, exits: Sequence[str]) -> None:
-    """Raise CutError, naming the output or operator, when `view` cannot be cut at `exits`."""
+def check_graph(view: GraphView, exits: Sequence[str], learned: Mapping[str, str]) -> None:
+    """Raise CutError, naming the output or operator, when `view` cannot be cut at `exits` (exit -> its confidence)."""
     graph = view.model.graph
     if view.opset < MIN_OPSET:
         raise CutError(
@@ -34,6 +34,7 @@ def check_graph(view: GraphView, exits: Sequence[str]) -> None:
                 f"would depend on the others; compute both sides and choose per row (torch.where)"
             )
     _check_exits(view, exits)
+    _check_learned(view, exits, learned)
 
 
 def _check_deterministic(view: GraphView, node: NodeProto) -> None:
@@ -70,3 +71,15 @@ def _check_exits(view: GraphView, exits: Sequence[str]) -> None:
     for name in exits:
         if view.producer.get(name) is None or view.producer[name] in view.constant_nodes:
             raise CutError(f"exit {name!r} is not computed from any input; check which output it is")
+
+
+def _check_learned(view: GraphView, exits: Sequence[str], learned: Mapping[str, str]) -> None:
+    names = [*exits, *learned.values()]
+    if len(set(names)) != len(names):
+        raise CutError(f"got exits {', '.join(exits)} with learned {', '.join(learned.values())}, expected each once")
+    for name in learned.values():
+        if name not in view.output_names or view.producer.get(name) is None:
+            raise CutError(
+                f"learned confidence {name!r} is not computed by the graph; its outputs are "
+                f"{', '.join(view.output_names)}; pass `--learned` with some of these, in the order of the exits"
+            )

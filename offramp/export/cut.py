@@ -6,8 +6,10 @@ what crosses is decided by the minimum cut; nothing here knows any particular mo
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from onnx import ModelProto, inliner
 
@@ -21,7 +23,8 @@ from offramp.export.probe import Probe, probe_graph
 from offramp.export.segment_graph import SegmentPlan, carry_specs, segment_graph
 from offramp.export.sizes import Arrays
 
-_LOGITS = frozenset({"float16", "float32", "float64"})
+_FLOATS = frozenset({"float16", "float32", "float64"})
+_NONE_LEARNED: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -51,18 +54,22 @@ def segments_from_graph(
     inputs: Sequence[InputSpec],
     dimensions: Mapping[str, DimensionSpec],
     example: Arrays,
+    learned: Mapping[str, str] = _NONE_LEARNED,
 ) -> CutModel:
     """Cut `model` at `exits`, output names in order of depth; the last one is the final exit.
 
-    `example` maps input names to arrays with rows first; they are cut or repeated to the sizes probed.
+    `example` maps input names to arrays with rows first; they are cut or repeated to the sizes probed. `learned`
+    maps an exit to the output with its learned confidence, where it has one: part of what this exit needs.
     Raises CutError, with the tensor or operator named, when the graph cannot be cut there, and CaptureError when
     a dimension is not dynamic as declared.
     """
     view = GraphView(inliner.inline_local_functions(model) if model.functions else model)
-    check_graph(view, exits)
+    check_graph(view, exits, learned)
     probe = probe_graph(view, inputs, dimensions, example)
     num_classes = _check_exits(probe, exits)
-    plans = _plan_segments(view, probe, exits, CostModel())
+    _check_learned(probe, learned)
+    outputs = [(name, learned[name]) if name in learned else (name,) for name in exits]
+    plans = _plan_segments(view, probe, outputs, CostModel())
     segments: list[Segment] = []
     before: tuple[str, ...] = ()
     for index, plan in enumerate(plans):
@@ -86,7 +93,7 @@ def _check_exits(probe: Probe, exits: Sequence[str]) -> int:
     for name in exits:
         facts, shape = probe.tensors[name], probe.shape(name)
         drawn = f"({', '.join(map(str, shape))})"
-        if len(shape) != 2 or not isinstance(shape[1], int) or shape[1] < 2 or facts.dtype not in _LOGITS:
+        if len(shape) != 2 or not isinstance(shape[1], int) or shape[1] < 2 or facts.dtype not in _FLOATS:
             hint = "; a binary exit needs two logits, such as (0, x)" if shape[1:] == (1,) else ""
             raise CutError(
                 f"exit {name!r} is {facts.dtype} of shape {drawn}; expected floating-point logits of shape "
@@ -104,8 +111,22 @@ def _check_exits(probe: Probe, exits: Sequence[str]) -> int:
     return classes.popitem()[1]
 
 
-def _plan_segments(view: GraphView, probe: Probe, exits: Sequence[str], costs: CostModel) -> list[SegmentPlan]:
-    """Minimum cuts at all boundaries, with shapes read off what each segment has.
+def _check_learned(probe: Probe, learned: Mapping[str, str]) -> None:
+    """Every learned confidence is (rows,) or (rows, 1) floats, row by row."""
+    for exit_name, name in learned.items():
+        facts, shape = probe.tensors[name], probe.shape(name)
+        if facts.dtype not in _FLOATS or shape not in ((ROWS,), (ROWS, 1)) or facts.row_axis != 0:
+            raise CutError(
+                f"learned confidence {name!r} of exit {exit_name!r} is {facts.dtype} of shape "
+                f"({', '.join(map(str, shape))}); expected floating-point probabilities of shape (rows,) or (rows, 1), "
+                f"each of its row alone"
+            )
+
+
+def _plan_segments(
+    view: GraphView, probe: Probe, exits: Sequence[tuple[str, ...]], costs: CostModel
+) -> list[SegmentPlan]:
+    """Minimum cuts at all boundaries, with shapes read off what each segment has; `exits` are their outputs.
 
     A Shape operator needs lengths, not data: where its tensor is not at hand, the lengths come from a carried
     tensor of the same law. Where no carried tensor has that law, or the law is not one because values decide the
@@ -126,27 +147,32 @@ def _plan_segments(view: GraphView, probe: Probe, exits: Sequence[str], costs: C
 
 
 def _cut_boundaries(
-    view: GraphView, problem: CutProblem, reads: Sequence[Sequence[str]], exits: Sequence[str], probe: Probe
+    view: GraphView,
+    problem: CutProblem,
+    reads: Sequence[Sequence[str]],
+    exits: Sequence[tuple[str, ...]],
+    probe: Probe,
 ) -> list[SegmentPlan]:
     plans: list[SegmentPlan] = []
     before: tuple[str, ...] = ()
     rerun: frozenset[int] = frozenset()
-    for index, name in enumerate(exits):
-        existing = view.upstream(exits[: index + 1], reads)
+    for index, outputs in enumerate(exits):
+        existing = view.upstream(itertools.chain(*exits[: index + 1]), reads)
         carried: tuple[str, ...] = ()
         rerun_next: frozenset[int] = frozenset()
         if index + 1 < len(exits):
-            if view.producer[exits[index + 1]] in existing:
+            if ready := [name for name in exits[index + 1] if view.producer[name] in existing]:
                 raise CutError(
-                    f"exit {exits[index + 1]!r} adds nothing to exit {name!r}; list the exits in order of "
+                    f"exit {ready[0]!r} adds nothing to exit {outputs[0]!r}; list the exits in order of "
                     f"depth, or drop one of them"
                 )
-            carry = minimum_carry(problem, existing, view.upstream(exits[index + 1 :], reads) - existing)
+            later = view.upstream(itertools.chain(*exits[index + 1 :]), reads)
+            carry = minimum_carry(problem, existing, later - existing)
             if carry.forbidden:
-                raise CutError(_explain_forbidden(probe, name, carry.forbidden))
+                raise CutError(_explain_forbidden(probe, outputs[0], carry.forbidden))
             carried, rerun_next = carry.tensors, carry.rerun
-        nodes = view.upstream((name, *carried), reads, frozenset(before))
-        plans.append(SegmentPlan(index, name, before, carried, nodes, rerun & nodes))
+        nodes = view.upstream((*outputs, *carried), reads, frozenset(before))
+        plans.append(SegmentPlan(index, outputs, before, carried, nodes, rerun & nodes))
         before, rerun = carried, rerun_next
     return plans
 

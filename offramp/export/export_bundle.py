@@ -35,6 +35,7 @@ from offramp.export.probe import run_tensors
 from offramp.export.quantize import int8_from_segment, int8_weight_share
 from offramp.export.sizes import resize_inputs
 from offramp.export.source import ModelSource
+from offramp.export.trim import verified_trims
 from offramp.export.verify import INT8_TOLERANCE, Parity, Tolerance, verify_fp32, verify_lowered
 from offramp.policy import Policy
 from offramp.storage import staged_directory
@@ -88,25 +89,32 @@ def export_bundle(
     """
     check_target(bundle)
     progress("cutting")
-    cut = segments_from_graph(source.graph, source.exits, source.inputs, source.dimensions, source.example)
+    cut = segments_from_graph(
+        source.graph, source.exits, source.inputs, source.dimensions, source.example, source.learned
+    )
     dimensions = _ranges(source, cut)
     graphs = {"fp32": [segment.model for segment in cut.segments]}
     batches = source.calibration[:_VERIFIED_BATCHES]
     progress("verifying FP32")
     parity, fp32 = Parity(), Chain.open(cut.segments, graphs["fp32"])
-    verify_fp32(parity, fp32, source.graph, source.exits, batches)
+    verify_fp32(parity, fp32, source.graph, _exit_specs(source, cut), batches)
     parity.check()
+    chains = {"fp32": fp32}
     feeds = _feeds(fp32, batches) if options.lowerings else []
     for precision, tolerance in options.lowerings.items():
         graphs[precision], shares, notes = _LOWERINGS[precision](cut, feeds, progress)
         progress(f"verifying {precision.upper()}")
-        found = verify_lowered(fp32, Chain.open(cut.segments, graphs[precision]), batches, tolerance)
+        chains[precision] = Chain.open(cut.segments, graphs[precision])
+        found = verify_lowered(fp32, chains[precision], batches, tolerance)
         parity.lowered[precision] = replace(found, weight_share=shares, notes=notes)
         parity.check()
+    progress("verifying without padding")
+    trims, parity.trimming = verified_trims(chains, source.inputs, dimensions, batches)
     progress("writing")
     files = _graph_files(graphs)
     whole = source.graph.SerializeToString(deterministic=True)
     manifest = _manifest(source, cut, dimensions, files, parity, file_record(WHOLE, whole))
+    manifest = replace(manifest, trims=trims)
     _write(bundle, manifest, source, files, whole)
     return manifest
 
@@ -216,7 +224,7 @@ def _manifest(
         name=source.name,
         inputs=source.inputs,
         dimensions=dimensions,
-        exits=tuple(ExitSpec(name, cut.num_classes) for name in source.exits),
+        exits=_exit_specs(source, cut),
         segments=segments,
         policy=PolicyRecord(file_record(POLICY, _default_policy()).sha256),
         reference_sha256=reference.sha256,
@@ -225,6 +233,10 @@ def _manifest(
         tools=_tool_versions(),
         parity=parity.figures(),
     )
+
+
+def _exit_specs(source: ModelSource, cut: CutModel) -> tuple[ExitSpec, ...]:
+    return tuple(ExitSpec(name, cut.num_classes, source.learned.get(name, "")) for name in source.exits)
 
 
 def _default_policy() -> bytes:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from offramp.bundle import INVERSE_TEMPERATURE
+from offramp.bundle import INVERSE_TEMPERATURE, LEARNED
 
 # Rounding gives flat rows an entropy of 1.0000001 (seen); scores promise [0, 1], and a Clip would be one operator more.
 _BELOW_ONE = 1 - 2**-22
@@ -63,6 +63,24 @@ def score_head(num_classes: int, opset: int) -> tuple[list[NodeProto], list[Tens
         node("Mul", [name("mean_column"), name("entropy_scale")], name("entropy")),
         node("Concat", [name("max_prob"), name("margin"), name("entropy")], "scores", axis=1),
     ]
+    return nodes, constants
+
+
+def learned_head(tensor: str, dtype: str) -> tuple[list[NodeProto], list[TensorProto]]:
+    """Nodes and constants from the model's own confidence `tensor` (S,) or (S, 1) to `learned` (S,) in [0, 1]."""
+    constants = [
+        numpy_helper.from_array(np.array([-1], np.int64), f"{PREFIX}as_rows"),
+        numpy_helper.from_array(np.array(0, np.float32), f"{PREFIX}zero"),
+        numpy_helper.from_array(np.array(1, np.float32), f"{PREFIX}one"),
+    ]
+    nodes = []
+    if dtype != "float32":
+        wide = f"{PREFIX}learned_wide"
+        nodes.append(helper.make_node("Cast", [tensor], [wide], f"{PREFIX}Cast/learned", to=TensorProto.FLOAT))
+        tensor = wide
+    rows, limits = f"{PREFIX}learned_rows", [f"{PREFIX}zero", f"{PREFIX}one"]
+    nodes.append(helper.make_node("Reshape", [tensor, f"{PREFIX}as_rows"], [rows], f"{PREFIX}Reshape/learned"))
+    nodes.append(helper.make_node("Clip", [rows, *limits], [LEARNED], f"{PREFIX}Clip/learned"))
     return nodes, constants
 
 

@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, checker, helper, numpy_helper
 
-from offramp.bundle import INVERSE_TEMPERATURE, PREVIOUS_ROWS, ROWS, Dimension, InputSpec, TensorSpec
+from offramp.bundle import INVERSE_TEMPERATURE, LEARNED, PREVIOUS_ROWS, ROWS, Dimension, InputSpec, TensorSpec
 from offramp.errors import CutError
 from offramp.export.graph import GraphView, read_names, rename_tensors, walk_nodes
 from offramp.export.probe import Probe
-from offramp.export.score_head import PREFIX, score_head
+from offramp.export.score_head import PREFIX, learned_head, score_head
 from offramp.export.simplify import simplify_graph
 
 _MAX_PROTOBUF_BYTES = 2**31 - 1  # protobuf's limit for one message
@@ -27,7 +27,7 @@ class SegmentPlan:
     """What one segment computes: nodes of the whole graph by index, and tensors of it by name."""
 
     index: int
-    exit_name: str
+    outputs: tuple[str, ...]  # of its exit: the logits, and the learned confidence where it has one
     carried_in: tuple[str, ...]
     carried: tuple[str, ...]
     nodes: frozenset[int]
@@ -82,9 +82,10 @@ def segment_graph(
     """
     carry_in = carry_specs(probe, plan.carried_in, "carry_in", PREVIOUS_ROWS)
     carry_out = carry_specs(probe, plan.carried, "carry_out", ROWS)
-    head_nodes, head_constants = score_head(num_classes, view.opset)
-    outputs = {"logits": plan.exit_name} | {spec.name: name for spec, name in zip(carry_out, plan.carried, strict=True)}
+    outputs = {"logits": plan.outputs[0]}
+    outputs |= {spec.name: name for spec, name in zip(carry_out, plan.carried, strict=True)}
     names = _names(view, probe, plan, outputs)
+    head_nodes, head_constants = _head(probe, plan, names, num_classes, view.opset)
     constants: dict[str, TensorProto] = {}
     nodes = _carried_in_nodes(probe, plan, names)
     for index in sorted(plan.nodes):
@@ -106,7 +107,7 @@ def segment_graph(
         input=[*_input_values(plan, inputs, carry_in), _value(INVERSE_TEMPERATURE, "float32", ())],
         output=[
             *(_value(spec.name, spec.dtype, spec.shape) for spec in carry_out),
-            *_answer_values(num_classes),
+            *_answer_values(num_classes, has_learned=len(plan.outputs) > 1),
         ],
         value_info=_inner_values(view, probe, nodes, names, set(outputs)),
     )
@@ -114,10 +115,22 @@ def segment_graph(
     return _finish(view.model, graph)
 
 
+def _head(
+    probe: Probe, plan: SegmentPlan, names: Mapping[str, str], num_classes: int, opset: int
+) -> tuple[list[NodeProto], list[TensorProto]]:
+    """What turns the exit's own outputs into those of the contract."""
+    nodes, constants = score_head(num_classes, opset)
+    for tensor in plan.outputs[1:]:
+        more_nodes, more_constants = learned_head(names.get(tensor, tensor), probe.tensors[tensor].dtype)
+        nodes, constants = nodes + more_nodes, constants + more_constants
+    return nodes, constants
+
+
 def _names(view: GraphView, probe: Probe, plan: SegmentPlan, outputs: Mapping[str, str]) -> dict[str, str]:
     """New names for tensors of the whole graph: those that the contract asks for, and others that are in its way."""
     carries = {f"carry_{way}_{position}" for way in ("in", "out") for position in range(len(view.producer))}
     reserved = {"logits", "prediction", "scores", ROWS, INVERSE_TEMPERATURE, *(carries & view.names)}
+    reserved |= {LEARNED} if len(plan.outputs) > 1 else set()
     if taken := reserved.intersection(view.input_names):
         raise CutError(f"model input {', '.join(sorted(taken))}: offramp uses this name itself; rename the input")
     names = {}
@@ -225,12 +238,13 @@ def _input_values(
     return [_value(ROWS, "int64", (ROWS,)), *carried]
 
 
-def _answer_values(num_classes: int) -> list[ValueInfoProto]:
-    return [
+def _answer_values(num_classes: int, has_learned: bool) -> list[ValueInfoProto]:
+    values = [
         _value("logits", "float32", (ROWS, num_classes)),
         _value("prediction", "int64", (ROWS,)),
         _value("scores", "float32", (ROWS, 3)),
     ]
+    return [*values, _value(LEARNED, "float32", (ROWS,))] if has_learned else values
 
 
 def _inner_values(

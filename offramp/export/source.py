@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +54,7 @@ class ModelSource:
     calibration: tuple[Arrays, ...]  # batches that calibrate FP16 and verify the bundle
     labels: tuple[str, ...] = ()
     text: TextSource | None = None
+    learned: Mapping[str, str] = field(default_factory=dict)  # exit -> the output with its learned confidence
 
 
 def source_from_model(name: str, model: Any, example: Example, opset: int, exits: Sequence[str] = ()) -> ModelSource:
@@ -61,18 +62,21 @@ def source_from_model(name: str, model: Any, example: Example, opset: int, exits
 
     Raises CaptureError.
     """
-    from offramp.export.capture import graph_from_model
+    from offramp.export.capture import LEARNED, LOGITS, graph_from_model
 
     graph = graph_from_model(model, example, opset)
-    names = tuple(value.name for value in graph.graph.output)
+    outputs = [value.name for value in graph.graph.output]
+    names = tuple(exits) or tuple(name for name in outputs if name.startswith(LOGITS))
+    learned = {name: name.replace(LOGITS, LEARNED) for name in names}
     return ModelSource(
         name=name,
         graph=graph,
-        exits=tuple(exits) or names,
+        exits=names,
         inputs=input_specs(graph, example.mask_names()),
         dimensions=example.dimensions(),
         example=example.arrays(),
         calibration=(example.arrays(),),
+        learned={name: output for name, output in learned.items() if output in outputs and output != name},
     )
 
 
@@ -100,15 +104,26 @@ def source_from_factory(spec: str, opset: int, exits: Sequence[str] = ()) -> Mod
 
 
 def source_from_onnx(
-    path: Path, exits: Sequence[str], dimensions: Mapping[str, DimensionSpec], example: Arrays
+    path: Path,
+    exits: Sequence[str],
+    dimensions: Mapping[str, DimensionSpec],
+    example: Arrays,
+    learned: Sequence[str] = (),
 ) -> ModelSource:
     """Read a multi-exit graph made elsewhere; axis 0 of every input must be its row axis.
 
+    `learned` names the outputs with the learned confidences of the exits, in their order; "-" for an exit without
+    one, and where the list is shorter the exits at its end have none.
     `dimensions` gives ranges of named dimensions (1 to 512 where it does not). Without `example` data, inputs are
     made up within their ranges, which is enough to cut but calibrates FP16 poorly. Raises OptionError or CutError.
     """
     if not exits:
         raise OptionError(f"{path}: pass `--exits logits_1,logits_2,…`, the outputs that are exits, in order of depth")
+    if len(learned) > len(exits):
+        raise OptionError(
+            f"{path}: got {len(learned)} learned confidences for {len(exits)} exits; expected one per exit, in order "
+            f"of depth, and - for an exit without one"
+        )
     try:
         graph = onnx.load(path)
         onnx.checker.check_model(graph)
@@ -134,6 +149,7 @@ def source_from_onnx(
         dimensions=ranges | {ROWS: DimensionSpec(1, MAX_ROWS)},
         example=example,
         calibration=(example,),
+        learned={name: output for name, output in zip(exits, learned, strict=False) if output != "-"},
     )
 
 

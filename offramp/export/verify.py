@@ -7,7 +7,7 @@ down to the predictions and exits that change.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
@@ -16,8 +16,8 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
-from offramp.bundle import SCORES
-from offramp.errors import ParityError
+from offramp.bundle import LEARNED, SCORES, ExitSpec
+from offramp.errors import CaptureError, ParityError
 from offramp.export.chain import Arrays, Chain, open_session
 
 
@@ -36,6 +36,7 @@ FP32_TOLERANCE = Tolerance(1e-5, 1e-5)
 HALF_TOLERANCE = Tolerance(2e-3, 2e-3)
 # Rounding to 8 bits is noise on every value, so INT8 is judged by its size and by the decisions that change.
 INT8_TOLERANCE = Tolerance(float("inf"), 0, rms=0.25)
+_ROUNDING = 1e-3  # by which a learned confidence may leave [0, 1]: a sum of FP16 probabilities; segments clip it
 DECISION_THRESHOLDS = (0.6, 0.7, 0.8, 0.9, 0.95)  # of max_prob, at which changed exits are counted
 
 
@@ -95,6 +96,7 @@ class Parity:
     compacted: Difference = field(default_factory=Difference)
     compacted_bit_equal: bool = True
     lowered: dict[str, Lowered] = field(default_factory=dict)  # by precision
+    trimming: dict[str, str] = field(default_factory=dict)  # precision -> what came of cutting off padding
 
     def figures(self) -> dict[str, Any]:
         """Everything as plain JSON values; those of a lowering begin with its name: fp16_chain, int8_chain."""
@@ -128,7 +130,7 @@ class Parity:
 
 
 def verify_fp32(
-    parity: Parity, chain: Chain, whole: ModelProto, exits: Sequence[str], batches: Iterable[Arrays]
+    parity: Parity, chain: Chain, whole: ModelProto, exits: Sequence[ExitSpec], batches: Iterable[Arrays]
 ) -> None:
     """Compare the FP32 chain with the whole graph on `batches`, at full depth and with rows leaving."""
     session = open_session(whole)
@@ -136,18 +138,13 @@ def verify_fp32(
     tolerance = HALF_TOLERANCE if is_half else FP32_TOLERANCE
     for batch in batches:
         expected = _run_whole(session, exits, batch)
-        for name, wanted in zip(exits, expected, strict=True):
-            if not np.isfinite(wanted).all():
-                raise ParityError(
-                    f"exit {name} of the whole graph is NaN or infinite on the example data; look for a row without a "
-                    f"token or a value out of range, and pass data that the model is made for"
-                )
-        logits = [out["logits"] for _, out in chain.run(batch)]
-        parity.rows += len(logits[0])
-        for name, got, wanted in zip(exits, logits, expected, strict=True):
-            parity.chain.update(got, wanted, tolerance, f"exit {name}")
-            parity.chain_bit_equal &= np.array_equal(got, wanted)
-        _verify_compacted(parity, chain, batch, dict(zip(exits, expected, strict=True)), tolerance)
+        outputs = [out for _, out in chain.run(batch)]
+        parity.rows += len(outputs[0]["logits"])
+        for spec, got, wanted in zip(exits, outputs, expected, strict=True):
+            for name, value in wanted.items():
+                parity.chain.update(got[name], value, tolerance, f"{name} of exit {spec.name}")
+                parity.chain_bit_equal &= np.array_equal(got[name], value)
+        _verify_compacted(parity, chain, batch, exits, expected, tolerance)
 
 
 def verify_lowered(fp32: Chain, lowered: Chain, batches: Iterable[Arrays], tolerance: Tolerance) -> Lowered:
@@ -163,7 +160,8 @@ def verify_lowered(fp32: Chain, lowered: Chain, batches: Iterable[Arrays], toler
         answers = [out for _, out in lowered.run(batch)]
         wanted = [out for _, out in reference]
         for index, (out, other) in enumerate(zip(answers, wanted, strict=True)):
-            found.chain.update(out["logits"], other["logits"], tolerance, f"logits of exit {index}")
+            for name in sorted(out.keys() & {"logits", LEARNED}):
+                found.chain.update(out[name], other[name], tolerance, f"{name} of exit {index}")
             found.predictions_changed += int((out["prediction"] != other["prediction"]).sum())
         for threshold in DECISION_THRESHOLDS:
             changed = _exit_indices(answers, threshold) != _exit_indices(wanted, threshold)
@@ -182,20 +180,43 @@ def relative_error(got: Sequence[NDArray[np.generic]], expected: Sequence[NDArra
     return float(np.sqrt(differences / values)) if values else float(differences > 0)
 
 
-def _run_whole(session: ort.InferenceSession, exits: Sequence[str], batch: Arrays) -> list[NDArray[np.float32]]:
-    return [logits.astype(np.float32) for logits in session.run(list(exits), batch)]
+def _run_whole(session: ort.InferenceSession, exits: Sequence[ExitSpec], batch: Arrays) -> list[Arrays]:
+    """What the whole graph says at every exit, as the outputs of a segment. Raises ParityError or CaptureError."""
+    said: list[Arrays] = []
+    for spec in exits:
+        values = session.run([spec.name, spec.learned] if spec.learned else [spec.name], batch)
+        if not all(np.isfinite(value).all() for value in values):
+            raise ParityError(
+                f"exit {spec.name} of the whole graph is NaN or infinite on the example data; look for a row without a "
+                f"token or a value out of range, and pass data that the model is made for"
+            )
+        out: Arrays = {"logits": values[0].astype(np.float32)}
+        if spec.learned:
+            out[LEARNED] = _probabilities(spec, values[1].astype(np.float32))
+        said.append(out)
+    return said
+
+
+def _probabilities(spec: ExitSpec, value: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The learned confidence `value` (N,) or (N, 1) as a segment puts it out, (N,)."""
+    if value.size and (value.min() < -_ROUNDING or value.max() > 1 + _ROUNDING):
+        raise CaptureError(
+            f"learned confidence {spec.learned} of exit {spec.name} is {value.min():.3g} to {value.max():.3g} on the "
+            f"example data; expected a probability in [0, 1]: return the sigmoid of what the model computes"
+        )
+    return np.clip(value.reshape(-1), np.float32(0), np.float32(1))
 
 
 def _verify_compacted(
     parity: Parity,
     chain: Chain,
     batch: Arrays,
-    expected: Mapping[str, NDArray[np.float32]],
+    exits: Sequence[ExitSpec],
+    expected: Sequence[Arrays],
     tolerance: Tolerance,
 ) -> None:
     """Every second survivor leaves at every boundary, in reverse order: the rest must not notice."""
-    exits = list(expected)
-    live = np.arange(len(expected[exits[0]]))
+    live = np.arange(len(expected[0]["logits"]))
     order: list[NDArray[np.int64]] = [live]
 
     def every_second(_: int, out: Arrays) -> NDArray[np.int64]:
@@ -203,11 +224,11 @@ def _verify_compacted(
         order.append(order[-1][rows])
         return rows
 
-    for index, (_, out) in enumerate(chain.run(batch, every_second)):
-        wanted = expected[exits[index]][order[index]]
-        where = f"exit {exits[index]} with {len(wanted)} of {len(live)} rows"
-        parity.compacted.update(out["logits"], wanted, tolerance, where)
-        parity.compacted_bit_equal &= np.array_equal(out["logits"], wanted)
+    for (_, out), spec, wanted, rows in zip(chain.run(batch, every_second), exits, expected, order, strict=True):
+        for name, value in wanted.items():
+            where = f"{name} of exit {spec.name} with {len(rows)} of {len(live)} rows"
+            parity.compacted.update(out[name], value[rows], tolerance, where)
+            parity.compacted_bit_equal &= np.array_equal(out[name], value[rows])
 
 
 def _exit_indices(outputs: Sequence[Arrays], threshold: float) -> NDArray[np.int64]:

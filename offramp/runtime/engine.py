@@ -33,5 +33,11 @@ class Engine(Protocol):
         afterwards it is the `carry` of the previous segment's output.
         """
 
+    def trimmed(self, carry: Any, dimension: str, size: int) -> Any:
+        """`carry`, as `run` takes it, with only the first `size` along `dimension`; all of it where that gains nothing.
+
+        The runner asks for it where the manifest says that the rest is padding which changes no bit.
+        """
+
     def close(self) -> None:
         """Give everything back; the engine cannot run afterwards."""

@@ -49,13 +49,15 @@ class FakeEngine:
     `calls` holds what it was asked, in order; `is_closed` whether `close` was called.
     """
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, learned: Answer | None = None) -> None:
+        """`learned` gives the learned confidences (S,) of the rows, for an exit that has them."""
         self._answer = answer
+        self._learned = learned
         self.calls: list[FakeCall] = []
         self.is_closed = False
 
     def run(self, carry: Any, rows: NDArray[np.int64], inverse_temperature: np.float32) -> SegmentOutput:
-        """See Engine.run. Raises OptionError unless `answer` gives finite logits (S, C), C >= 2."""
+        """See Engine.run. Raises OptionError unless `answer` gives finite logits (S, C), C >= 2 (`learned`: [0, 1])."""
         if self.is_closed:
             raise BackendError("running a fake segment: the engine is closed; make another")
         self.calls.append(FakeCall(rows, float(inverse_temperature)))
@@ -68,7 +70,22 @@ class FakeEngine:
                 f"logits ({len(rows)}, classes), at least 2 classes"
             )
         scores = scores_from_logits(logits, inverse_temperature)
-        return SegmentOutput(inputs, logits, logits.argmax(axis=1), scores)
+        return SegmentOutput(inputs, logits, logits.argmax(axis=1), scores, self._confidence(inputs, len(rows)))
+
+    def _confidence(self, inputs: dict[str, NDArray[Any]], num_rows: int) -> NDArray[np.float32] | None:
+        if self._learned is None:
+            return None
+        learned = np.asarray(self._learned(inputs), np.float32)
+        if learned.shape != (num_rows,) or not ((learned >= 0) & (learned <= 1)).all():
+            raise OptionError(
+                f"fake engine: its learned confidences of {num_rows} rows have shape {learned.shape}, expected "
+                f"({num_rows},) in [0, 1]"
+            )
+        return learned
+
+    def trimmed(self, carry: Any, dimension: str, size: int) -> Any:
+        """See Engine.trimmed: what a fake segment carries is as wide as ever."""
+        return carry
 
     def close(self) -> None:
         """See Engine.close."""
@@ -80,24 +97,35 @@ def fake_runner(
     policy: Policy = Policy(),  # noqa: B008  (frozen)
     inputs: tuple[InputSpec, ...] = (X,),
     num_classes: int = 2,
+    learned: Sequence[float | Answer | None] = (),
 ) -> Runner:
     """A runner over one FakeEngine per answer.
 
     An answer is a function from the inputs of the rows that are still here to logits, or a number: then
-    every row is said to be of class 0 with that probability.
+    every row is said to be of class 0 with that probability. `learned` has, per exit, its learned confidences in the
+    same two ways, or None for an exit without; exits beyond its end have none.
     """
+    name, confidences = inputs[0].name, [*learned, *[None] * (len(answers) - len(learned))]
     engines = [
-        FakeEngine(answer if callable(answer) else _always(answer, num_classes, inputs[0].name)) for answer in answers
+        FakeEngine(
+            answer if callable(answer) else _always(logits_from_max_prob([answer], num_classes), name),
+            confidence if callable(confidence) or confidence is None else _always([confidence], name),
+        )
+        for answer, confidence in zip(answers, confidences, strict=True)
     ]
-    return Runner(engines, fake_manifest(len(answers), num_classes, inputs), policy)
+    has_learned = [confidence is not None for confidence in confidences]
+    return Runner(engines, fake_manifest(len(answers), num_classes, inputs, has_learned), policy)
 
 
-def fake_manifest(num_segments: int, num_classes: int, inputs: tuple[InputSpec, ...]) -> Manifest:
-    """A manifest without files, for fake engines."""
+def fake_manifest(
+    num_segments: int, num_classes: int, inputs: tuple[InputSpec, ...], has_learned: Sequence[bool] = ()
+) -> Manifest:
+    """A manifest without files, for fake engines; `has_learned` tells the exits with a learned confidence."""
     segments = tuple(
         SegmentSpec(k, () if k else tuple(spec.name for spec in inputs), (), (), {}) for k in range(num_segments)
     )
-    exits = tuple(ExitSpec(f"exit_{k}", num_classes) for k in range(num_segments))
+    learned = [f"learned_{k}" if k < len(has_learned) and has_learned[k] else "" for k in range(num_segments)]
+    exits = tuple(ExitSpec(f"exit_{k}", num_classes, learned[k]) for k in range(num_segments))
     dimensions = {ROWS: DimensionSpec(1, MAX_ROWS)}
     return Manifest("fake", inputs, dimensions, exits, segments, PolicyRecord(""), "")
 
@@ -128,6 +156,6 @@ def scores_from_logits(logits: NDArray[np.float32], inverse_temperature: np.floa
     return scores.clip(0, 1)
 
 
-def _always(max_prob: float, num_classes: int, name: str) -> Answer:
-    logits = logits_from_max_prob([max_prob], num_classes)  # (1, C)
-    return lambda inputs: np.repeat(logits, len(inputs[name]), axis=0)
+def _always(answer: ArrayLike, name: str) -> Answer:
+    """The same `answer` (1, …) for every row."""
+    return lambda inputs: np.repeat(np.asarray(answer, np.float32), len(inputs[name]), axis=0)

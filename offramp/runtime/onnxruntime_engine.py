@@ -14,9 +14,11 @@ from numpy.typing import NDArray
 
 from offramp.bundle import (
     INVERSE_TEMPERATURE,
+    LEARNED,
     ROWS,
     SCORES,
     Dimension,
+    ExitSpec,
     Manifest,
     SegmentSpec,
     TensorSpec,
@@ -44,12 +46,16 @@ _DTYPES = {  # ONNX Runtime's name of a tensor type -> numpy's
 class OnnxRuntimeEngine:
     """One segment in one InferenceSession; its carry is a list of numpy arrays."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, segment: SegmentSpec) -> None:
+    def __init__(self, session: onnxruntime.InferenceSession, manifest: Manifest, index: int) -> None:
+        segment, exit_spec = manifest.segments[index], manifest.exits[index]
         self._session: onnxruntime.InferenceSession | None = session
         self._index = segment.index
         self._model_inputs = segment.inputs
         self._carry_names = [tensor.name for tensor in segment.carry_in]
-        self._outputs = [tensor.name for tensor in _expected_outputs(segment, 0)]
+        self._outputs = [tensor.name for tensor in _expected_outputs(segment, exit_spec)]
+        self._num_carried = len(segment.carry_out)
+        self._carry_shapes = [tensor.shape for tensor in segment.carry_in]
+        self._input_shapes = {spec.name: spec.shape for spec in manifest.inputs}
 
     def run(self, carry: Any, rows: NDArray[np.int64], inverse_temperature: np.float32) -> SegmentOutput:
         """See Engine.run. Raises BackendError when ONNX Runtime fails or the engine is closed."""
@@ -62,13 +68,20 @@ class OnnxRuntimeEngine:
             feed = {name: carry[name] for name in self._model_inputs}
         feed[INVERSE_TEMPERATURE] = np.asarray(inverse_temperature)  # a 0-d array: it takes no numpy scalar
         try:
-            *carried, logits, prediction, scores = self._session.run(self._outputs, feed)
+            values = self._session.run(self._outputs, feed)
         except Exception as exc:  # ONNX Runtime's errors have no common base below Exception
             raise BackendError(
                 f"running segment {self._index} on {len(rows)} rows with ONNX Runtime "
                 f"{onnxruntime.__version__}: {exc}; try fewer rows at once, or `offramp verify` the bundle"
             ) from exc
-        return SegmentOutput(carried, logits, prediction, scores)
+        return SegmentOutput(values[: self._num_carried], *values[self._num_carried :])
+
+    def trimmed(self, carry: Any, dimension: str, size: int) -> Any:
+        """See Engine.trimmed: views of the arrays, which ONNX Runtime copies."""
+        if not self._index:
+            return {name: array[_first(size, dimension, self._input_shapes[name])] for name, array in carry.items()}
+        handed = zip(carry, self._carry_shapes, strict=True)
+        return [array[_first(size, dimension, shape)] for array, shape in handed]
 
     def close(self) -> None:
         """See Engine.close."""
@@ -80,13 +93,15 @@ def open_onnxruntime_engines(bundle: Path, manifest: Manifest, precision: str, t
 
     Raises OptionError, CorruptError (a file, or a tensor that is not the manifest's) or BundleError.
     """
-    num_classes = manifest.exits[0].num_classes
-    return [_engine_from_segment(bundle, segment, num_classes, precision, threads) for segment in manifest.segments]
+    return [
+        _engine_from_segment(bundle, manifest, index, precision, threads) for index in range(len(manifest.segments))
+    ]
 
 
 def _engine_from_segment(
-    bundle: Path, segment: SegmentSpec, num_classes: int, precision: str, threads: int
+    bundle: Path, manifest: Manifest, index: int, precision: str, threads: int
 ) -> OnnxRuntimeEngine:
+    segment, exit_spec = manifest.segments[index], manifest.exits[index]
     if segment.index and segment.inputs:
         raise BundleError(
             f"opening segment {segment.index} of {bundle}: it reads the model inputs "
@@ -102,8 +117,13 @@ def _engine_from_segment(
     place = bundle / record.path
     session = open_session(read_file(bundle, record), threads, str(place))
     _check_tensors(session.get_inputs(), _expected_inputs(session.get_inputs(), segment), f"{place}: input")
-    _check_tensors(session.get_outputs(), _expected_outputs(segment, num_classes), f"{place}: output")
-    return OnnxRuntimeEngine(session, segment)
+    _check_tensors(session.get_outputs(), _expected_outputs(segment, exit_spec), f"{place}: output")
+    return OnnxRuntimeEngine(session, manifest, index)
+
+
+def _first(size: int, dimension: str, shape: tuple[Dimension, ...]) -> tuple[slice, ...]:
+    """The index that takes the first `size` along `dimension` of an array of `shape`."""
+    return tuple(slice(size if name == dimension else None) for name in shape)
 
 
 def open_session(content: bytes, threads: int, place: str) -> onnxruntime.InferenceSession:
@@ -144,14 +164,15 @@ def _expected_inputs(got: list[Any], segment: SegmentSpec) -> tuple[TensorSpec, 
     return (*(_spec_from_node(node) for node in got if node.name in segment.inputs), temperature)
 
 
-def _expected_outputs(segment: SegmentSpec, num_classes: int) -> tuple[TensorSpec, ...]:
+def _expected_outputs(segment: SegmentSpec, exit_spec: ExitSpec) -> tuple[TensorSpec, ...]:
     """The outputs of the segment contract, in its order."""
-    return (
+    outputs = (
         *segment.carry_out,
-        TensorSpec("logits", "float32", (ROWS, num_classes)),
+        TensorSpec("logits", "float32", (ROWS, exit_spec.num_classes)),
         TensorSpec("prediction", "int64", (ROWS,)),
         TensorSpec("scores", "float32", (ROWS, len(SCORES))),
     )
+    return (*outputs, TensorSpec(LEARNED, "float32", (ROWS,))) if exit_spec.learned else outputs
 
 
 def _spec_from_node(node: Any) -> TensorSpec:

@@ -58,6 +58,7 @@ def record_trace(
         fingerprint=runner.manifest.fingerprint,
         backend=runner.backend,
         precision=runner.precision,
+        learned=_learned(outputs),
     )
 
 
@@ -79,7 +80,7 @@ def _run_all_exits(
     outputs = []
     for engine, inverse_temperature in zip(engines, inverse_temperatures, strict=True):
         out = engine.run(carry, rows, inverse_temperature)
-        outputs.append(SegmentOutput(None, out.logits, out.prediction, out.scores))
+        outputs.append(out._replace(carry=None))
         carry = out.carry
     return outputs
 
@@ -98,6 +99,19 @@ def _median_costs_ms(
             times_ms[timed, k] = (perf_counter() - start) * 1e3
     medians: NDArray[np.float64] = np.median(times_ms[_WARM_UP_PASSES:], axis=0)
     return medians
+
+
+def _learned(outputs: list[list[SegmentOutput]]) -> NDArray[np.float32]:
+    """(N, E), NaN for exits without a learned confidence; no columns when none has one."""
+    if all(out.learned is None for out in outputs[0]):
+        return np.empty((0, 0), np.float32)
+    nothing = [np.full(len(exits[0].logits), np.nan, np.float32) for exits in outputs]
+    return _stacked(
+        [
+            [missing if out.learned is None else out.learned for out in exits]
+            for exits, missing in zip(outputs, nothing, strict=True)
+        ]
+    )
 
 
 def _stacked(parts: list[list[NDArray[Any]]]) -> NDArray[Any]:

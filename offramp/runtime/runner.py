@@ -23,6 +23,7 @@ from offramp.runtime.engine import Engine, SegmentOutput
 from offramp.runtime.inputs import checked_inputs
 from offramp.runtime.record import record_trace
 from offramp.runtime.text import TextEncoder
+from offramp.runtime.trimming import trimming_from_manifest
 from offramp.trace import Trace
 
 _USUAL_ROWS = 1024  # positions kept at hand; more are made when they are asked for
@@ -34,7 +35,7 @@ class Result(NamedTuple):
     outputs: dict[str, NDArray[np.float32]]  # "logits": (N, C), of the exit where the row left
     prediction: NDArray[np.int64]  # (N,)
     exit_index: NDArray[np.int64]  # (N,) in 0 … E-1
-    score: NDArray[np.float32]  # (N,) in [0, 1]: the policy's score at that exit
+    score: NDArray[np.float32]  # (N,) in [0, 1]: the policy's score at that exit; NaN: it has no learned one
     reason: list[str]  # N: what released the row; policy.FINAL when nothing did before the final exit
 
 
@@ -86,6 +87,7 @@ class Runner:
         limits = manifest.dimensions.get(ROWS)
         self._max_rows = limits.max if limits else sys.maxsize
         self._positions = np.arange(min(self._max_rows, _USUAL_ROWS))
+        self._trimming = trimming_from_manifest(manifest, precision)
         self.policy = policy
 
     @classmethod
@@ -105,7 +107,7 @@ class Runner:
         path = Path(bundle)
         manifest = load_manifest(path)
         chosen = Policy.from_json(read_policy(path, manifest)) if policy is None else policy
-        chosen.check_exits(len(manifest.exits))
+        _check_policy(chosen, manifest)
         tokenizer = read_file(path, manifest.text.tokenizer) if manifest.text else b""
         engines, used = open_engines(path, manifest, backend, precision, threads)
         runner = cls(engines, manifest, chosen, backend=used, precision=precision)
@@ -121,7 +123,7 @@ class Runner:
     @policy.setter
     def policy(self, policy: Policy) -> None:
         num_exits = len(self.manifest.exits)
-        policy.check_exits(num_exits)
+        _check_policy(policy, self.manifest)
         sources = {source: policy.for_source(source) for source in policy.sources}
         inverse = tuple(policy.inverse_temperatures(num_exits))
         self._policy = policy
@@ -211,7 +213,10 @@ class Runner:
         carry: Any = inputs
         state = None
         rows = self._first(len(live))  # (S,) positions in the previous segment's output
+        padding = self._trimming.padding_of(inputs) if self._trimming and len(live) > 1 else None
         for k, engine in enumerate(self.engines):
+            if padding:
+                carry = padding.cut(engine, carry, rows, is_first=k == 0)
             out = engine.run(carry, rows, inverse_temperatures[k])
             carry = out.carry
             if k == final:
@@ -229,6 +234,12 @@ class Runner:
                 state = state.rows(rows) if state else None
             else:
                 rows = self._first(len(live))
+
+
+def _check_policy(policy: Policy, manifest: Manifest) -> None:
+    """Raise OptionError when `policy` is for another model."""
+    policy.check_exits(len(manifest.exits))
+    policy.check_learned([bool(spec.learned) for spec in manifest.exits])
 
 
 class Part(NamedTuple):

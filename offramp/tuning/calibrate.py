@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from offramp.bundle import SCORES
 from offramp.errors import OptionError
-from offramp.policy import Policy
+from offramp.policy import POLICY_SCORES, Policy
 from offramp.trace import UNKNOWN, Trace
 from offramp.tuning.replay import (
     Replay,
@@ -46,8 +46,8 @@ class CalibrateOptions:
 
     def __post_init__(self) -> None:
         check_drop(self.max_drop)
-        if self.score not in SCORES:
-            raise OptionError(f"calibrate: got score {self.score!r}, expected one of {', '.join(SCORES)}")
+        if self.score not in POLICY_SCORES:
+            raise OptionError(f"calibrate: got score {self.score!r}, expected one of {', '.join(POLICY_SCORES)}")
         if self.reference not in get_args(Reference):
             raise OptionError(f"calibrate: got reference {self.reference!r}, expected one of {get_args(Reference)}")
         if not 0 <= self.ece_limit <= 1:

@@ -33,7 +33,7 @@ class _Recorded(NamedTuple):
     logits: NDArray[np.float32]
     prediction: NDArray[np.int64]
     scores: NDArray[np.float32]
-    learned: NDArray[np.float32] | None = None
+    learned: NDArray[np.float32] | None
 
 
 def scores_from_logits(logits: NDArray[np.float32], inverse_temperature: np.float32 | float) -> NDArray[np.float32]:
@@ -71,16 +71,19 @@ def scores_at(trace: Trace, inverse_temperatures: NDArray[np.float32]) -> NDArra
 def replay(policy: Policy, trace: Trace) -> Replay:
     """What `policy` does with every row of `trace`; for one source, replay `policy.for_source(source)`.
 
-    Raises OptionError when it is for another number of exits.
+    Raises OptionError when it is for another number of exits, or for a score that the trace has not.
     """
     policy.check_exits(trace.num_exits)
+    has_learned = trace.has_learned
+    policy.check_learned(has_learned)
     scores = scores_at(trace, policy.inverse_temperatures(trace.num_exits))
     num_rows, final = len(trace.logits), trace.num_exits - 1
     exit_index = np.full(num_rows, final, np.int64)
     live = np.arange(num_rows)
     reasons, state = [], None
     for k in range(final):
-        out = _Recorded(trace.logits[live, k], trace.predictions[live, k], scores[live, k])
+        learned = trace.learned[live, k] if has_learned[k] else None
+        out = _Recorded(trace.logits[live, k], trace.predictions[live, k], scores[live, k], learned)
         leaves, reason, state = policy.decide(k, out, state)
         exit_index[live[leaves]] = k
         live = live[~leaves]

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import replace
 from decimal import Decimal
 from typing import Literal, get_args
@@ -17,7 +18,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle import SCORES
+from offramp.bundle import LEARNED, SCORES
 from offramp.errors import DataError, OptionError
 from offramp.policy import Policy
 from offramp.trace import UNKNOWN, Trace
@@ -44,7 +45,8 @@ def fastest_thresholds(
 
     Cheap is the mean of the recorded costs; accuracy is the share of right rows, and the drop is against full
     depth: 0.01 allows 10 of 1,000 rows. With reference "label" only labelled rows count; with "full_depth"
-    all rows do, so that the drop is the share of changed answers. An exit where no row leaves is closed.
+    all rows do, so that the drop is the share of changed answers. An exit where no row leaves is closed, and so is
+    one without a learned confidence when that is the score.
 
     With up to two exits before the final one the result is the optimum, unless one of them is wrong on more
     than 1,000 rows that a later exit gets right; otherwise no change of one or two thresholds improves it.
@@ -54,14 +56,18 @@ def fastest_thresholds(
     policy.check_exits(trace.num_exits)
     check_drop(max_drop)
     counted, right = right_rows(trace, reference)
-    scores = scores_at(trace, policy.inverse_temperatures(trace.num_exits))[counted]  # (L, E, 3)
-    doubts = _doubts(scores[:, :-1, SCORES.index(score)], score)  # (L, E - 1)
+    early = _early_exits(trace, score)
+    scores = score_columns(trace, score, policy.inverse_temperatures(trace.num_exits))[counted]  # (L, E)
+    doubts = _doubts(scores[:, early], score)
     grouped = [_levels_and_edges(column) for column in doubts.T]
     levels = np.array([levels for levels, _ in grouped], np.int64).reshape(-1, len(counted)).T
     num_losses = int(Decimal(repr(float(max_drop))) * len(counted))  # in floats 0.29 * 100 is 28.999…
-    search = search_from_levels(levels, right[counted], _ticks(trace), num_losses)
+    kept = [*early, trace.num_exits - 1]
+    search = search_from_levels(levels, right[counted][:, kept], _ticks(trace)[kept], num_losses)
     quotas = fastest_quotas(search)
-    limits = [_limit(edges, quota, score) for (_, edges), quota in zip(grouped, quotas, strict=False)]
+    limits: list[float | None] = [None] * (trace.num_exits - 1)
+    for k, (_, edges), quota in zip(early, grouped, quotas, strict=False):
+        limits[k] = _limit(edges, quota, score)
     return replace(policy, limits=tuple(limits))
 
 
@@ -69,17 +75,20 @@ def thresholds_for_speedup(trace: Trace, score: str, target: float, temperatures
     """The strictest threshold, one for all exits, that makes a row of `trace` cost at most 1 / `target` of full depth.
 
     Costs are the recorded ones. A stricter threshold never costs less, so it is found by bisection over the levels of
-    all scores. Raises OptionError when `target` is not above 1 or beyond what leaving at the first exit reaches.
+    all scores. Exits without a learned confidence stay closed when that is the score. Raises OptionError when `target`
+    is not above 1 or beyond what leaving at the first exit reaches, DataError when no early exit has the score.
     """
     closed = Policy.thresholds(score, [None] * (trace.num_exits - 1), temperatures)
     closed.check_exits(trace.num_exits)
     if not 1 < target < math.inf:
         raise OptionError(f"thresholds: got a target speedup of {target}, expected a number above 1")
-    scores = scores_at(trace, closed.inverse_temperatures(trace.num_exits))
-    _, edges = _levels_and_edges(_doubts(scores[:, :-1, SCORES.index(score)], score).ravel())
+    early = _early_exits(trace, score)
+    scores = score_columns(trace, score, closed.inverse_temperatures(trace.num_exits))
+    _, edges = _levels_and_edges(_doubts(scores[:, early], score).ravel())
 
     def policy(quota: int) -> Policy:
-        return replace(closed, limits=(_limit(edges, quota, score),) * (trace.num_exits - 1))
+        limit = _limit(edges, quota, score)
+        return replace(closed, limits=tuple(limit if k in early else None for k in range(trace.num_exits - 1)))
 
     def speedup(quota: int) -> float:
         return float(cumulative_costs_ms(trace)[-1]) / expected_cost_ms(replay(policy(quota), trace).exit_index, trace)
@@ -90,6 +99,29 @@ def thresholds_for_speedup(trace: Trace, score: str, target: float, temperatures
             f"reaches {speedup(len(edges)):.2f}; ask for less, or train an earlier exit"
         )
     return policy(bisect_left(range(len(edges)), target, key=speedup))
+
+
+def score_columns(trace: Trace, score: str, inverse_temperatures: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The score called `score` of every row and exit, (N, E); NaN for exits without a learned confidence.
+
+    A learned confidence does not change with the temperature. Raises DataError when no early exit has one.
+    """
+    check_score(score, trace.has_learned)
+    return trace.learned if score == LEARNED else scores_at(trace, inverse_temperatures)[:, :, SCORES.index(score)]
+
+
+def check_score(score: str, has_learned: Sequence[bool]) -> None:
+    """Raise DataError when no exit before the final one has `score`; `has_learned` per exit."""
+    if score == LEARNED and not any(has_learned[:-1]):
+        raise DataError(
+            f"thresholds on score {LEARNED!r}: no exit before the final one has a learned confidence; export a model "
+            f"that returns one beside its logits, or use one of {', '.join(SCORES)}"
+        )
+
+
+def _early_exits(trace: Trace, score: str) -> list[int]:
+    """The exits before the final one that have the score."""
+    return [k for k in range(trace.num_exits - 1) if score != LEARNED or trace.has_learned[k]]
 
 
 def right_rows(trace: Trace, reference: Reference) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:

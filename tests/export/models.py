@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -210,6 +212,58 @@ class BatchNormalised(nn.Module):
 
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
         return tuple(head(features - features.mean(0, keepdim=True)) for head in self.heads)
+
+
+class Pooled(nn.Module):
+    """Layers over tokens, pooled by `pool` from the states (N, T, d) and the mask (N, T) to a row (N, d)."""
+
+    def __init__(self, pool: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.pool, self.table = pool, nn.Embedding(50, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(3))
+        self.heads = nn.ModuleList(nn.Linear(8, 2) for _ in range(3))
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+        x, logits = self.table(input_ids), []
+        for layer, head in zip(self.layers, self.heads, strict=True):
+            x = torch.tanh(layer(x)) + x
+            logits.append(head(self.pool(x, attention_mask)))
+        return tuple(logits)
+
+
+class Said(NamedTuple):
+    """What a model with learned confidences says at an exit."""
+
+    logits: Tensor  # (N, C)
+    learned: Tensor | None  # (N,) or (N, 1) in [0, 1]
+
+
+class Confident(nn.Module):
+    """A residual network whose exits say how likely they are right, where `has_learned`; the second as a column."""
+
+    def __init__(self, has_learned: tuple[bool, ...]) -> None:
+        super().__init__()
+        self.has_learned = has_learned
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in has_learned)
+        self.heads = nn.ModuleList(nn.Linear(6, 3) for _ in has_learned)
+        self.confidences = nn.ModuleList(nn.Linear(9, 1) for _ in has_learned)
+
+    def forward(self, features: Tensor) -> tuple[Said | Tensor, ...]:
+        x, exits = features, []
+        for k, (layer, head, confidence) in enumerate(zip(self.layers, self.heads, self.confidences, strict=True)):
+            x = torch.tanh(layer(x)) + x
+            logits = head(x)
+            learned = torch.sigmoid(confidence(torch.cat([x, logits], 1)) * 4 - 4)
+            exits.append(Said(logits, learned if k == 1 else learned[:, 0]) if self.has_learned[k] else logits)
+        return tuple(exits)
+
+
+def confident(has_learned: tuple[bool, ...] = (True, True, True)) -> tuple[nn.Module, Example]:
+    return with_fixed_weights(Confident(has_learned)), Example({"features": waves(24, 6)}, max_rows=16)
+
+
+def pooled(pool: Callable[[Tensor, Tensor], Tensor]) -> tuple[nn.Module, Example]:
+    return with_fixed_weights(Pooled(pool)), pruned_bert()[1]
 
 
 def waves(*shape: int) -> Tensor:

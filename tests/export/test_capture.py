@@ -70,7 +70,7 @@ def test_graph_that_does_not_say_what_the_model_says_is_refused() -> None:
         (lambda x: x, "returned Tensor; expected a tuple with one tensor of logits"),
         (lambda x: {"logits": x}, "returned dict; expected a tuple"),
         (lambda x: (), "returned tuple; expected a tuple with one tensor"),
-        (lambda x: (x, None), "returned tuple; expected a tuple with one tensor"),
+        (lambda x: (x, None), "returned tuple of NoneType; expected a tuple with one tensor"),
         (lambda x: (x, x[:, None]), r"exit 2 of Returns is \(4, 1, 3\) for 4 rows; expected \(4, classes\)"),
         (lambda x: x.nothing, "running Returns on its example inputs: 'Tensor' object has no attribute 'nothing'"),
     ],

@@ -114,7 +114,7 @@ def test_reference_lies_beside(tmp_path) -> None:
     assert files_of(reference)["whole.onnx"] == manifest.reference_sha256
     with np.load(reference / "inputs.npz") as saved:
         np.testing.assert_array_equal(saved["x"], source.example["x"])
-    assert steps == ["cutting", "verifying FP32", "writing"]
+    assert steps == ["cutting", "verifying FP32", "verifying without padding", "writing"]
     assert load_manifest(tmp_path / "bundle") == manifest
     assert json.loads((tmp_path / "bundle/manifest.json").read_text())["parity"]["chain"]["max_abs"] == 0
 

@@ -49,3 +49,23 @@ def test_the_example_of_the_docstring() -> None:
     runner = fake_runner([0.6, 0.95], Policy.thresholds("max_prob", [0.9]))
     assert runner.run({"x": np.zeros(3, np.float32)}).exit_index.tolist() == [1, 1, 1]
     assert runner.backend == "fake"
+
+
+def test_scripted_learned_confidences() -> None:
+    """A number, a function of the rows that are still here, or none: the last exit has none."""
+    learned = [lambda inputs: inputs["x"], 0.5]
+    runner = fake_runner([0.6, 0.6, 0.6], Policy.thresholds("learned", [0.9, 0.6]), learned=learned)
+    result = runner.run({"x": np.array([0.25, 0.95, 1.0], np.float32)})
+    assert result.exit_index.tolist() == [2, 0, 0]
+    np.testing.assert_array_equal(result.score, np.array([np.nan, 0.95, 1.0], np.float32))
+    trace = runner.record([{"x": np.array([0.25, 1.0], np.float32)}])
+    np.testing.assert_array_equal(trace.learned, np.array([[0.25, 0.5, np.nan], [1, 0.5, np.nan]], np.float32))
+    with pytest.raises(OptionError, match="at exits 2"):
+        fake_runner([0.6] * 4, Policy.thresholds("learned", [0.9, 0.6, 0.5]), learned=learned)
+
+
+@pytest.mark.parametrize("learned", [[0.5], [0.5, np.nan], [0.5, 1.5]])
+def test_impossible_learned_confidences_are_refused(learned: list[float]) -> None:
+    engine = FakeEngine(lambda inputs: np.zeros((2, 2)), lambda inputs: learned)
+    with pytest.raises(OptionError, match=r"learned confidences of 2 rows .* expected \(2,\) in \[0, 1\]"):
+        engine.run({"x": np.zeros(2)}, np.arange(2), ONE)

@@ -262,3 +262,29 @@ def test_a_target_speedup_is_met_by_the_strictest_common_threshold(seed, score, 
 def test_a_target_that_is_no_speedup_is_refused(target):
     with pytest.raises(OptionError, match="expected a number above 1"):
         thresholds_for_speedup(random_trace(10, 3, 0), "margin", target)
+
+
+def test_learned_thresholds_are_those_of_any_score_that_says_the_same() -> None:
+    trace = random_trace(200, 3, 5)
+    same = changed(trace, learned=trace.scores[:, :, SCORES.index("max_prob")])
+    expected = fastest_thresholds(trace, "max_prob", 0.02)
+    found = fastest_thresholds(same, "learned", 0.02)
+    assert any(limit is not None for limit in found.limits)
+    assert (found.score, found.limits) == ("learned", expected.limits)
+
+
+def test_exits_without_a_learned_confidence_stay_closed() -> None:
+    trace = random_trace(200, 4, 6)
+    learned = trace.scores[:, :, SCORES.index("max_prob")].copy()
+    learned[:, [1, 3]] = np.nan
+    policy = fastest_thresholds(changed(trace, learned=learned), "learned", 0.05)
+    assert policy.limits[1] is None
+    assert None not in (policy.limits[0], policy.limits[2])
+    assert set(replay(policy, changed(trace, learned=learned)).exit_index.tolist()) == {0, 2, 3}
+    faster = thresholds_for_speedup(changed(trace, learned=learned), "learned", 1.3)
+    assert faster.limits[1] is None
+    assert faster.limits[0] == faster.limits[2]
+    with pytest.raises(DataError, match="no exit before the final one has a learned confidence"):
+        fastest_thresholds(trace, "learned", 0.05)
+    with pytest.raises(OptionError, match=r"at exits 0, 2; .* at exits \(none\)"):
+        replay(policy, trace)
