@@ -5,10 +5,11 @@ It answers who built a plan and why it cannot run here; it never deserializes on
 
 from __future__ import annotations
 
+import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from offramp.bundle import PlanRecord
+from offramp.bundle import ROWS, DimensionSpec, Manifest, PlanRecord
 from offramp.errors import PlanError
 
 # Layout of the header: read in trtexec's printPlanVersion, checked on real TensorRT-RTX plans (docs/log.md).
@@ -87,3 +88,54 @@ def _is_within(value: str, allowed: tuple[str, ...]) -> bool:
 def _parts(version: str) -> list[int]:
     """A version as numbers that compare in order; a part that is no number counts as 0."""
     return [int(part) if part.isdecimal() else 0 for part in version.rstrip("+").split(".")]
+
+
+def choose_plans(manifest: Manifest, backend: str, precision: str, version: str, sm: str) -> tuple[PlanRecord, ...]:
+    """The plan of every segment that `backend` is to run here, all of one precision. Raises PlanError.
+
+    `precision` "auto" is FP16 where every segment has such a plan that runs here, otherwise FP32. `version` and `sm`
+    as for `plan_obstacle`. Of several plans the one whose profile reaches furthest is taken, of equals the last built.
+    """
+    obstacles: list[str] = []
+    for wanted in ("fp16", "fp32") if precision == "auto" else (precision,):
+        chosen: list[PlanRecord] = []
+        for segment in manifest.segments:
+            plans = [plan for plan in segment.plans if plan.backend == backend and plan.precision == wanted]
+            reasons = [plan_obstacle(plan, version, sm) for plan in plans]
+            fitting = [plan for plan, reason in zip(plans, reasons, strict=True) if not reason]
+            if not fitting:
+                build = f"`offramp build-engine BUNDLE --backend {backend} --precision {wanted}`"
+                missing = f"there is no {wanted} plan for {_TITLES[backend]}; run {build}"
+                obstacles.append(f"segment {segment.index}: {reasons[0] if reasons else missing}")
+                break
+            chosen.append(max(reversed(fitting), key=_reach))
+        else:
+            return tuple(chosen)
+    raise PlanError(next((text for text in obstacles if "there is no" not in text), obstacles[0]))
+
+
+def narrowed(manifest: Manifest, plans: tuple[PlanRecord, ...]) -> Manifest:
+    """The manifest with the dimensions that all `plans`, one per segment, can run. Raises PlanError when none is left.
+
+    A plan may be built for fewer or shorter rows than the bundle was exported for; requests are then split or refused
+    by what the plans can do.
+    """
+    ranges = dict(manifest.dimensions)
+    inputs = {spec.name: spec.shape for spec in manifest.inputs} | {ROWS: (ROWS,)}
+    for segment, plan in zip(manifest.segments, plans, strict=True):
+        shapes = inputs | {tensor.name: (ROWS, *tensor.shape[1:]) for tensor in segment.carry_in}
+        for name, bounds in plan.profile.items():
+            for axis, dimension in enumerate(shapes.get(name, ())):
+                if isinstance(dimension, str) and dimension in ranges:
+                    have = ranges[dimension]
+                    low = have.min if dimension == ROWS else max(have.min, bounds[0][axis])  # rows can be padded
+                    ranges[dimension] = DimensionSpec(low, min(have.max, bounds[-1][axis]))
+    empty = [name for name, size in ranges.items() if size.min > size.max]
+    if empty:
+        raise PlanError(f"the plans of the segments have no size of {', '.join(empty)} in common; {_REBUILD}")
+    return replace(manifest, dimensions=ranges)
+
+
+def _reach(plan: PlanRecord) -> int:
+    """The elements of its largest inputs."""
+    return sum(math.prod(bounds[-1]) for bounds in plan.profile.values())

@@ -17,6 +17,7 @@ SCRIPTS = {
     "int8": ["--quick"],
     "runner_overhead": ["--quick"],
     "trimming": ["--quick"],
+    "tensorrt_latency": ["--quick"],
 }
 
 

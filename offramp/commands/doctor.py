@@ -32,7 +32,12 @@ def diagnose() -> list[Finding]:
     findings.append(_onnxruntime())
     sm = compute_capability()
     findings.append(Finding("gpu", bool(sm), f"compute capability {sm}" if sm else "no NVIDIA driver or GPU here"))
-    return [*findings, _tensorrt(sm), _tensorrt_rtx()]
+    return [
+        *findings,
+        _tensorrt(sm),
+        _tensorrt_rtx(),
+        *(_plans(backend, sm) for backend in ("tensorrt", "tensorrt-rtx")),
+    ]
 
 
 def _extra(subject: str, packages: tuple[str, ...], cure: str) -> Finding:
@@ -66,6 +71,17 @@ def _tensorrt_rtx() -> Finding:
     if not version:
         return Finding("build tensorrt-rtx", False, "not installed; pip install 'offramp[tensorrt-rtx]'")
     return Finding("build tensorrt-rtx", True, f"{version}, ahead of time, no GPU needed")
+
+
+def _plans(backend: str, sm: str) -> Finding:
+    """Whether plans of a backend run here."""
+    found = {"cuda-bindings": _version("cuda-bindings"), backend: installed_version(backend)}
+    subject = f"run on {backend}"
+    if missing := [name for name, version in found.items() if not version]:
+        return Finding(subject, False, f"missing {', '.join(missing)}; pip install 'offramp[{backend}]'")
+    if not sm:
+        return Finding(subject, False, f"{found[backend]}, but plans run on an NVIDIA GPU with a driver; none here")
+    return Finding(subject, True, f"{found[backend]} for compute capability {sm}")
 
 
 def _version(name: str) -> str:

@@ -10,5 +10,6 @@ from offramp.runtime.backends import PlanWarning
 from offramp.runtime.engine import Engine, SegmentOutput
 from offramp.runtime.fake import FakeEngine, fake_runner
 from offramp.runtime.runner import Result, Runner
+from offramp.runtime.tensorrt.options import TensorRtOptions
 
-__all__ = ["Engine", "FakeEngine", "PlanWarning", "Result", "Runner", "SegmentOutput", "fake_runner"]
+__all__ = ["Engine", "FakeEngine", "PlanWarning", "Result", "Runner", "SegmentOutput", "TensorRtOptions", "fake_runner"]

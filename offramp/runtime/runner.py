@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from offramp.bundle import ROWS, Manifest, load_manifest, read_file, read_policy
 from offramp.errors import BundleError, OptionError
 from offramp.policy import FINAL, Policy, score_values
-from offramp.runtime.backends import open_engines
+from offramp.runtime.backends import EngineOptions, open_engines
 from offramp.runtime.engine import Engine, SegmentOutput
 from offramp.runtime.inputs import checked_inputs
 from offramp.runtime.record import record_trace
+from offramp.runtime.tensorrt.options import TensorRtOptions
 from offramp.runtime.text import TextEncoder
 from offramp.runtime.trimming import trimming_from_manifest
 from offramp.trace import Trace
@@ -97,11 +98,13 @@ class Runner:
         backend: str = "auto",
         policy: Policy | None = None,
         threads: int = 0,
-        precision: str = "fp32",
+        precision: str = "auto",
+        tensorrt: TensorRtOptions = TensorRtOptions(),  # noqa: B008  (frozen)
     ) -> Runner:
         """A runner over the bundle in directory `bundle`; `policy=None` takes the bundle's own.
 
-        `backend` is "auto" or one of backends.BACKENDS; `threads=0` leaves their number to the backend.
+        `backend` is "auto" or one of backends.BACKENDS; `threads=0` leaves their number to the backend; precision
+        "auto" is FP32 on ONNX Runtime, on TensorRT FP16 where there are such plans.
         Raises OptionError, BundleError (CorruptError, VersionError) or BackendError.
         """
         path = Path(bundle)
@@ -109,10 +112,10 @@ class Runner:
         chosen = Policy.from_json(read_policy(path, manifest)) if policy is None else policy
         _check_policy(chosen, manifest)
         tokenizer = read_file(path, manifest.text.tokenizer) if manifest.text else b""
-        engines, used = open_engines(path, manifest, backend, precision, threads)
-        runner = cls(engines, manifest, chosen, backend=used, precision=precision)
+        opened = open_engines(path, manifest, EngineOptions(backend, precision, threads, tensorrt))
+        runner = cls(opened.engines, opened.manifest, chosen, backend=opened.backend, precision=opened.precision)
         if manifest.text:
-            runner._text = TextEncoder(tokenizer, manifest.text, manifest)
+            runner._text = TextEncoder(tokenizer, manifest.text, opened.manifest)
         return runner
 
     @property
