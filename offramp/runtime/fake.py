@@ -49,6 +49,8 @@ class FakeEngine:
     `calls` holds what it was asked, in order; `is_closed` whether `close` was called.
     """
 
+    keeps_carries = True
+
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
         self.calls: list[FakeCall] = []
@@ -69,6 +71,10 @@ class FakeEngine:
             )
         scores = scores_from_logits(logits, inverse_temperature)
         return SegmentOutput(inputs, logits, logits.argmax(axis=1), scores)
+
+    def merged(self, parts: Sequence[tuple[Any, NDArray[np.int64]]]) -> dict[str, NDArray[Any]]:
+        """See Engine.merged."""
+        return {name: np.concatenate([carry[name][rows] for carry, rows in parts]) for name in parts[0][0]}
 
     def close(self) -> None:
         """See Engine.close."""

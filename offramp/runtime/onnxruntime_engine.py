@@ -5,6 +5,7 @@ Inputs and outputs are plain numpy arrays: OrtValues cost more per call than the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,8 @@ _DTYPES = {  # ONNX Runtime's name of a tensor type -> numpy's
 class OnnxRuntimeEngine:
     """One segment in one InferenceSession; its carry is a list of numpy arrays."""
 
+    keeps_carries = True
+
     def __init__(self, session: onnxruntime.InferenceSession, segment: SegmentSpec) -> None:
         self._session: onnxruntime.InferenceSession | None = session
         self._index = segment.index
@@ -68,6 +71,20 @@ class OnnxRuntimeEngine:
                 f"{onnxruntime.__version__}: {exc}; try fewer rows at once, or `offramp verify` the bundle"
             ) from exc
         return SegmentOutput(carried, logits, prediction, scores)
+
+    def merged(self, parts: Sequence[tuple[Any, NDArray[np.int64]]]) -> list[NDArray[Any]]:
+        """See Engine.merged. Every row is copied once."""
+        total = sum(len(rows) for _, rows in parts)
+        merged = []
+        for tensors in zip(*(carry for carry, _ in parts), strict=True):
+            whole = np.empty((total, *tensors[0].shape[1:]), tensors[0].dtype)
+            start = 0
+            for tensor, (_, rows) in zip(tensors, parts, strict=True):
+                end = start + len(rows)
+                np.take(tensor, rows, axis=0, out=whole[start:end], mode="clip")  # "raise" would copy twice
+                start = end
+            merged.append(whole)
+        return merged
 
     def close(self) -> None:
         """See Engine.close."""
