@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Generator, Iterable
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import Future, InvalidStateError
 from contextlib import suppress
 from math import inf
@@ -24,16 +24,22 @@ class Answer(Future[Result]):
     the segment that runs is not interrupted. Callbacks run in a thread of the pool, which waits for them.
     """
 
+    is_open = True  # nobody has decided yet what it will be; set under the pool's lock
+    parts: Sequence[Part] = ()  # of a request of several rows
+    waiters: Sequence[Any] = ()  # asyncio futures, to be woken in their loops; set under the pool's lock
+
     def __init__(self, pool: Pool, num_rows: int, policy: Policy, deadline_ms: float = inf) -> None:
         super().__init__()
         self.num_rows = num_rows
         self.policy = policy
         self.deadline_ms = deadline_ms  # on the pool's clock
         self.num_left = num_rows  # rows without an answer; under the pool's lock
-        self.is_open = True  # nobody has decided yet what it will be; set under the pool's lock
-        self.parts: list[Part] = []  # unless all rows left at once
-        self.waiters: list[Any] = []  # asyncio futures, to be woken in their loops
         self._pool = pool
+
+    def add(self, part: Part) -> None:
+        """Note what was said about some of the rows."""
+        with self._pool._lock:
+            self.parts = (*self.parts, part)
 
     def cancel(self) -> bool:
         """Take the request back; False when its answer is there or being written."""
@@ -49,7 +55,8 @@ class Answer(Future[Result]):
 
         if not self.done():
             waiter = asyncio.get_running_loop().create_future()
-            self.waiters.append(waiter)
+            with self._pool._lock:
+                self.waiters = (*self.waiters, waiter)
             if not self.done():  # looked at after the waiter can be seen, as it is woken after the answer can be
                 try:
                     yield from waiter
@@ -64,11 +71,19 @@ class Answer(Future[Result]):
 def refuse(answers: list[Answer], error: Exception) -> None:
     """Write an error of its own into each answer: one that several threads raise would collect all their frames."""
     for answer in answers:
+        with suppress(InvalidStateError):  # somebody wrote into the future himself
+            answer.set_exception(_copied(error))
+    if answers:
+        wake(answers)
+
+
+def _copied(error: Exception) -> Exception:
+    try:
         own = copy.copy(error)
-        own.__cause__ = error.__cause__ or error.__context__
-        with suppress(InvalidStateError):
-            answer.set_exception(own)
-    wake(answers)
+    except Exception:  # some cannot be made from their arguments
+        return error
+    own.__cause__ = error.__cause__
+    return own.with_traceback(error.__traceback__)
 
 
 def wake(answers: Iterable[Answer]) -> None:

@@ -5,7 +5,7 @@ Pure but for the parts it adds to answers; the pool locks, runs the engine and t
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import groupby
 from typing import Any
 
@@ -17,7 +17,7 @@ from offramp.policy import FINAL, joined, score_values
 from offramp.runtime.answer import Answer
 from offramp.runtime.engine import Engine, SegmentOutput
 from offramp.runtime.runner import Part, Result, result_from_parts
-from offramp.runtime.waiting import Group
+from offramp.runtime.waiting import Group, Lane
 
 
 class Leaving:
@@ -54,58 +54,36 @@ class Leaving:
             out, positions = out.rows(order), positions[order]
         return Part(positions, out, self.exit_index, self.reason)
 
-    def results(self, rows: Sequence[int]) -> list[Result]:
-        """One per row at `rows`, each the whole answer of a request of one row."""
-        out = self.out
+    def results(self) -> list[Result]:
+        """One per row, each the whole answer of a request of one row."""
+        out, reason = self.out, self.reason
         score = score_values(self.owners[0].policy.score, out)  # (L,)
         exit_index = np.full(len(self.owners), self.exit_index)
-        results = []
-        for row in rows:
-            one = slice(row, row + 1)
-            logits = {"logits": out.logits[one]}
-            results.append(Result(logits, out.prediction[one], exit_index[one], score[one], [self.reason]))
-        return results
+        views = (array[:, None] for array in (out.logits, out.prediction, exit_index, score))  # (L, 1, …)
+        return [
+            Result({"logits": logits}, prediction, exit_, score_, [reason])
+            for logits, prediction, exit_, score_ in zip(*views, strict=True)
+        ]
 
 
 def by_policy(groups: list[Group]) -> list[Group]:
     """The same groups, those of one policy beside each other."""
-    if len({id(group.policy) for group in groups}) > 1:
+    if len(groups) > 1 and any(group.policy is not groups[0].policy for group in groups):
         return sorted(groups, key=lambda group: id(group.policy))
     return groups
 
 
-def merged_inputs(
-    groups: Sequence[Group], row_shapes: Mapping[str, tuple[int, ...]], specs: Sequence[InputSpec]
-) -> dict[str, NDArray[Any]]:
+def merged_inputs(groups: Sequence[Group], lane: Lane, specs: Sequence[InputSpec]) -> dict[str, NDArray[Any]]:
     """The inputs of all rows of `groups`, one after another, each padded at its end to the shape of its lane."""
-    total = sum(len(group.owners) for group in groups)
     merged = {}
     for spec in specs:
         parts = [_rows_of(group, spec.name) for group in groups]
-        shape = row_shapes[spec.name]
-        if all(part.shape[1:] == shape for part in parts):
+        shape = lane.row_shapes[spec.name]
+        if lane.is_padded and any(part.shape[1:] != shape for part in parts):
+            merged[spec.name] = _padded(parts, shape, max(spec.minimum or 0, 0))
+        else:
             merged[spec.name] = parts[0] if len(parts) == 1 else np.concatenate(parts)
-            continue
-        whole = np.full((total, *shape), max(spec.minimum or 0, 0), parts[0].dtype)
-        start = 0
-        for part in parts:
-            end = start + len(part)
-            whole[(slice(start, end), *map(slice, part.shape[1:]))] = part
-            start = end
-        merged[spec.name] = whole
     return merged
-
-
-def on_one_carry(groups: Sequence[Group], carry: Any) -> list[Group]:
-    """The groups as rows of `carry`, which holds theirs one after another."""
-    everyone = np.arange(sum(len(group.owners) for group in groups))
-    start, moved = 0, []
-    for group in groups:
-        end = start + len(group.owners)
-        rows = everyone[start:end]
-        moved.append(Group(carry, rows, group.owners, group.positions, group.state, group.since_ms))
-        start = end
-    return moved
 
 
 def gathered(engine: Engine, groups: Sequence[Group]) -> tuple[Any, NDArray[np.int64]]:
@@ -120,34 +98,46 @@ def gathered(engine: Engine, groups: Sequence[Group]) -> tuple[Any, NDArray[np.i
 
 
 def decided(
-    exit_index: int, is_final: bool, groups: Sequence[Group], out: SegmentOutput, now_ms: float
+    exit_index: int, is_final: bool, groups: list[Group], out: SegmentOutput, now_ms: float
 ) -> tuple[list[Group], list[Leaving]]:
     """Who goes on and who leaves, of the rows that `out` is about: those of `groups`, by policy, one after another."""
     survivors: list[Group] = []
     leaving: list[Leaving] = []
     end = 0
-    for policy, parts in groupby(groups, key=lambda group: group.policy):
-        cohort, start = list(parts), end
+    for cohort in _cohorts(groups):
         owners = [owner for group in cohort for owner in group.owners]
         positions = [position for group in cohort for position in group.positions]
-        end = start + len(owners)
-        said = out.rows(slice(start, end))
+        start, end = end, end + len(owners)
+        said = out if cohort is groups else out.rows(slice(start, end))
         if is_final:
             leaving.append(Leaving(said, owners, positions, exit_index, FINAL))
             continue
-        leaves, reason, state = policy.decide(exit_index, said, joined([group.state for group in cohort]))
-        whole = Group(out.carry, np.arange(start, end), owners, positions, state, now_ms)
+        state = joined([group.state for group in cohort])
+        leaves, reason, state = owners[0].policy.decide(exit_index, said, state)
         left = leaves.tolist()
         if False not in left:
             leaving.append(Leaving(said, owners, positions, exit_index, reason))
         elif True not in left:
-            survivors.append(whole)
+            survivors.append(Group(out.carry, np.arange(start, end), owners, positions, state, now_ms))
         else:
-            gone = [row for row, is_gone in enumerate(left) if is_gone]
-            there = [positions[row] for row in gone]
-            leaving.append(Leaving(said.rows(leaves), [owners[row] for row in gone], there, exit_index, reason))
-            survivors.append(whole.part([row for row, is_gone in enumerate(left) if not is_gone]))
+            gone, stay = leaves.nonzero()[0], (~leaves).nonzero()[0]
+            theirs = _taken(owners, positions, gone)
+            leaving.append(Leaving(said.rows(gone), *theirs, exit_index, reason))
+            state = state.rows(stay) if state else None
+            survivors.append(Group(out.carry, stay + start, *_taken(owners, positions, stay), state, now_ms))
     return survivors, leaving
+
+
+def _cohorts(groups: list[Group]) -> list[list[Group]]:
+    """The groups by policy; `groups` itself where all have the same."""
+    if len(groups) == 1 or all(group.policy is groups[0].policy for group in groups):
+        return [groups]
+    return [list(cohort) for _, cohort in groupby(groups, key=lambda group: id(group.policy))]
+
+
+def _taken(owners: list[Answer], positions: list[int], rows: NDArray[np.int64]) -> tuple[list[Answer], list[int]]:
+    where = rows.tolist()
+    return [owners[row] for row in where], [positions[row] for row in where]
 
 
 def whole_result(answer: Answer, num_classes: int) -> Result:
@@ -158,3 +148,13 @@ def whole_result(answer: Answer, num_classes: int) -> Result:
 def _rows_of(group: Group, name: str) -> NDArray[Any]:
     array: NDArray[Any] = group.carry[name]
     return array if len(array) == len(group.rows) else array[group.rows]
+
+
+def _padded(parts: list[NDArray[Any]], shape: tuple[int, ...], value: int) -> NDArray[Any]:
+    whole = np.full((sum(map(len, parts)), *shape), value, parts[0].dtype)
+    start = 0
+    for part in parts:
+        end = start + len(part)
+        whole[(slice(start, end), *map(slice, part.shape[1:]))] = part
+        start = end
+    return whole

@@ -121,8 +121,9 @@ def _is_short_and_right(spec: InputSpec, array: NDArray[Any]) -> bool:
     if array.size > _SHORT or not array.size or array.dtype.kind != "i" or spec.minimum is None or spec.maximum is None:
         return False
     values = array.ravel().tolist()
-    in_range = spec.minimum <= min(values) and max(values) <= spec.maximum
-    return in_range and (not spec.is_mask or (len(array) == 1 and 1 in values))
+    if not (spec.minimum <= min(values) and max(values) <= spec.maximum):
+        return False
+    return not spec.is_mask or (array.ndim == 2 and all(1 in row for row in array.tolist()))
 
 
 def _check_values(spec: InputSpec, array: NDArray[Any]) -> None:

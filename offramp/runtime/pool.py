@@ -20,7 +20,6 @@ import heapq
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import InvalidStateError
-from contextlib import suppress
 from dataclasses import replace
 from itertools import count
 from math import inf
@@ -35,7 +34,7 @@ from offramp.bundle import ROWS
 from offramp.errors import ClosedError, DeadlineError, InputError, QueueFullError
 from offramp.runtime.admission import Admission, check_options, padded_row_shapes, plain_shapes
 from offramp.runtime.answer import Answer, refuse, wake
-from offramp.runtime.batch import Leaving, by_policy, decided, gathered, merged_inputs, on_one_carry, whole_result
+from offramp.runtime.batch import Leaving, by_policy, decided, gathered, merged_inputs, whole_result
 from offramp.runtime.costs import BatchCosts
 from offramp.runtime.inputs import check_values, checked_arrays
 from offramp.runtime.runner import Runner
@@ -46,6 +45,8 @@ _REPLAN_BATCHES = 16  # a lane looks so often whether its plan still fits
 _REPLAN_SHIFT = 0.02  # of a survival rate; less moves a predicted gain by less than costs are known
 _SHAPES_KNOWN = 4096  # of requests; beyond that they are learned anew
 _STALE_DEADLINES = 1024  # entries of answered requests are swept out beyond this
+_LATE = DeadlineError("pool: the request's deadline passed before it was answered; allow more, or ask for less at once")
+_CLOSED = ClosedError("pool: it was closed before this request was answered; send it elsewhere")
 
 
 class Pool:
@@ -148,7 +149,7 @@ class Pool:
                 self._waiting.clear()
                 refused = self._claimed(owner for group in groups for owner in group.owners)
             self._wake.notify_all()
-        refuse(refused, ClosedError("pool: it was closed before this request was answered; send it elsewhere"))
+        refuse(refused, _CLOSED)
         for thread in self._threads:
             if thread is not threading.current_thread():
                 thread.join()
@@ -183,7 +184,7 @@ class Pool:
             lane = epoch.lanes.get(key)
             if lane is None:
                 plan = plan_without_costs(len(self.runner.engines), self.max_batch)
-                lane = epoch.lanes[key] = Lane(epoch, row_shapes, row_size, plan)
+                lane = epoch.lanes[key] = Lane(epoch, row_shapes, row_size, self.admission.pad_to > 1, plan)
             if len(epoch.by_shapes) >= _SHAPES_KNOWN:
                 epoch.by_shapes.clear()
             epoch.by_shapes[shapes] = lane
@@ -225,6 +226,8 @@ class Pool:
 
     def _expired(self, now_ms: float) -> list[Answer]:
         """Open answers whose time is over, claimed. Under the lock."""
+        if not self._deadlines:
+            return []
         over = []
         while self._deadlines and self._deadlines[0][0] <= now_ms:
             over.append(heapq.heappop(self._deadlines)[2])
@@ -267,7 +270,7 @@ class Pool:
                         return None
                     else:
                         self._idle(wake_ms, now_ms)
-            refuse(expired, DeadlineError("pool: the request's deadline passed before it was answered"))
+            refuse(expired, _LATE)
 
     def _idle(self, wake_ms: float, now_ms: float) -> None:
         """Wait for something to happen. Under the lock."""
@@ -298,11 +301,13 @@ class Pool:
         while groups:
             try:
                 groups = by_policy(groups)
-                if segment == 0:
-                    groups = self._begun(lane, groups)
+                if segment:
+                    carry, rows = gathered(engines[segment], groups)
+                else:
+                    carry, groups = self._begun(lane, groups)
                     if not groups:
                         return
-                carry, rows = gathered(engines[segment], groups)
+                    rows = np.arange(sum([len(group.owners) for group in groups]))
                 out = engines[segment].run(carry, rows, setting.inverse_temperatures[segment])
                 is_final = segment == len(engines) - 1
                 survivors, leaving = decided(segment, is_final, groups, out, monotonic() * 1e3)
@@ -313,17 +318,15 @@ class Pool:
             groups = self._settle(lane, segment, survivors, leaving)
             segment += 1
 
-    def _begun(self, lane: Lane, groups: list[Group]) -> list[Group]:
-        """The groups on one set of inputs, whose values are fine; the other requests are refused."""
-        inputs = merged_inputs(groups, lane.row_shapes, self._specs)
+    def _begun(self, lane: Lane, groups: list[Group]) -> tuple[dict[str, NDArray[Any]], list[Group]]:
+        """Inputs whose values are fine, and the groups whose rows they hold; the other requests are refused."""
+        inputs = merged_inputs(groups, lane, self._specs)
         try:
-            check_values(inputs, sum(len(group.owners) for group in groups), self.runner.manifest)
+            check_values(inputs, 1, self.runner.manifest)
         except InputError:
             groups = [group for group in groups if self._is_sound(group)]
-            if not groups:
-                return []
-            inputs = merged_inputs(groups, lane.row_shapes, self._specs)
-        return on_one_carry(groups, inputs)
+            inputs = merged_inputs(groups, lane, self._specs) if groups else {}
+        return inputs, groups
 
     def _is_sound(self, group: Group) -> bool:
         """Whether the values of one request are fine; refuses it when they are not."""
@@ -335,33 +338,31 @@ class Pool:
         return True
 
     def _settle(self, lane: Lane, segment: int, survivors: list[Group], leaving: Sequence[Leaving]) -> list[Group]:
-        """Answer who left; the groups to run on at once, other survivors wait, or are refused by a closing pool."""
+        """Answer who left, and let survivors wait, or refuse them in a closing pool; the groups to run on at once."""
         runs = [(leave, leave.runs()) for leave in leaving]
         for leave, spans in runs:
             for owner, first, end in spans:
                 if owner.num_rows > 1:
-                    owner.parts.append(leave.part(first, end))
-        whole: list[tuple[Leaving, list[int], list[Answer]]] = []
+                    owner.add(leave.part(first, end))
+        expired: list[Answer] = []
         refused: list[Answer] = []
         with self._lock:
-            for leave, spans in runs:
-                whole.append((leave, *self._completed(spans)))
-            stayed = sum(len(group.owners) for group in survivors)
-            if survivors or segment < len(self.runner.engines) - 1:
-                entered = stayed + sum(len(leave.owners) for leave in leaving)
-                lane.epoch.survival.observe(segment, entered, stayed)
-            expired = self._expired(monotonic() * 1e3) if survivors else []
-            if self._is_refusing:
-                refused = self._claimed(owner for group in survivors for owner in group.owners)
-            elif survivors and lane.plan.regroup[segment + 1]:
-                for group in survivors:
-                    self._push(lane.queues[segment + 1], group)
-                survivors = []
+            whole = [(leave, *self._completed(spans)) for leave, spans in runs]
+            if segment < len(self.runner.engines) - 1:
+                lane.epoch.survival.observe(segment, *_entered_and_stayed(survivors, leaving))
+            if survivors:
+                expired = self._expired(monotonic() * 1e3)
+                if self._is_refusing:
+                    refused = self._claimed(owner for group in survivors for owner in group.owners)
+                elif lane.plan.regroup[segment + 1]:
+                    for group in survivors:
+                        self._push(lane.queues[segment + 1], group)
+                    survivors = []
         for leave, rows, answers in whole:
             self._give(leave, rows, answers)
-        refuse(expired, DeadlineError("pool: the request's deadline passed between two segments"))
-        refuse(refused, ClosedError("pool: it was closed before this request was answered; send it elsewhere"))
-        return [group for group in (group.open_part() for group in survivors) if group is not None]
+        refuse(expired, _LATE)
+        refuse(refused, _CLOSED)
+        return [group for group in map(Group.open_part, survivors) if group is not None]
 
     def _completed(self, spans: list[tuple[Answer, int, int]]) -> tuple[list[int], list[Answer]]:
         """The answers that these rows complete, claimed, and the first of their rows. Under the lock."""
@@ -377,14 +378,21 @@ class Pool:
 
     def _give(self, leave: Leaving, rows: list[int], answers: list[Answer]) -> None:
         """Write the answers whose (first) rows are `rows` of `leave`, and wake who waits."""
-        for answer, result in zip(answers, leave.results(rows), strict=True):
-            if answer.num_rows > 1:
-                result = whole_result(answer, self._num_classes)
-            with suppress(InvalidStateError):  # somebody wrote into the future himself
+        results = leave.results()
+        for answer, row in zip(answers, rows, strict=True):
+            result = results[row] if answer.num_rows == 1 else whole_result(answer, self._num_classes)
+            try:
                 answer.set_result(result)
+            except InvalidStateError:  # somebody wrote into the future himself
+                continue
         wake(answers)
 
     def _fail(self, groups: list[Group], error: Exception) -> None:
         with self._lock:
             answers = self._claimed(owner for group in groups for owner in group.owners)
         refuse(answers, error)
+
+
+def _entered_and_stayed(survivors: list[Group], leaving: Sequence[Leaving]) -> tuple[int, int]:
+    stayed = sum([len(group.owners) for group in survivors])
+    return stayed + sum([len(leave.owners) for leave in leaving]), stayed

@@ -12,7 +12,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.policy import Policy, PolicyState
+from offramp.policy import PolicyState
 from offramp.runtime.answer import Answer
 from offramp.runtime.schedule import Plan, SurvivalEstimate
 
@@ -24,7 +24,7 @@ _FIRST = np.zeros(1, np.int64)  # the positions of a request of one row; never w
 class Group:
     """S rows of one policy that wait in one carry; at segment 0 the carry is the inputs of their request."""
 
-    __slots__ = ("carry", "owners", "positions", "rows", "since_ms", "state")
+    __slots__ = ("carry", "owners", "policy", "positions", "rows", "since_ms", "state")
 
     def __init__(
         self,
@@ -38,13 +38,10 @@ class Group:
         self.carry = carry
         self.rows = rows  # (S,) positions in the carry
         self.owners = owners  # S
+        self.policy = owners[0].policy
         self.positions = positions  # S, each in its owner's request
         self.state = state  # (S, …)
         self.since_ms = since_ms
-
-    @property
-    def policy(self) -> Policy:
-        return self.owners[0].policy
 
     @classmethod
     def of_request(cls, answer: Answer, inputs: Mapping[str, NDArray[Any]], since_ms: float) -> Self:
@@ -67,7 +64,10 @@ class Group:
 
     def open_part(self) -> Group | None:
         """The rows that somebody still waits for; None when there are none."""
-        is_open = [owner.is_open for owner in self.owners]
+        owners = self.owners
+        if len(owners) == 1:
+            return self if owners[0].is_open else None
+        is_open = [owner.is_open for owner in owners]
         if False not in is_open:
             return self
         keep = [i for i, wanted in enumerate(is_open) if wanted]
@@ -118,10 +118,13 @@ class Queue:
 class Lane:
     """Rows that may share a batch: begun under one setting, alike in every dimension but the row axis."""
 
-    __slots__ = ("batches", "epoch", "plan", "queues", "row_shapes", "row_size", "seen")
+    __slots__ = ("batches", "epoch", "is_padded", "plan", "queues", "row_shapes", "row_size", "seen")
 
-    def __init__(self, epoch: Epoch, row_shapes: dict[str, tuple[int, ...]], row_size: int, plan: Plan) -> None:
+    def __init__(
+        self, epoch: Epoch, row_shapes: dict[str, tuple[int, ...]], row_size: int, is_padded: bool, plan: Plan
+    ) -> None:
         self.epoch = epoch
+        self.is_padded = is_padded  # requests may be shorter
         self.row_shapes = row_shapes  # input -> shape without the row axis, padding included
         self.row_size = row_size
         self.plan = plan
