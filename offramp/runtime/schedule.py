@@ -19,8 +19,8 @@ from typing import Protocol, TypeVar
 
 from offramp.runtime.costs import BatchCosts
 
-# Python's work around one engine call, cold (docs/log.md): what makes very small batches a little worse than measured.
-CALL_MS = 0.03
+# Python's work around one engine call when its caches are cold (docs/log.md): it makes very small batches worse.
+CALL_MS = 0.1
 MIN_GAIN = 1.03  # below this, predicted from medians that are known to a few percent, nobody's order is changed
 WITHIN_BEST = 1.01  # of two batch sizes this close per row, the smaller one answers sooner
 PATIENCE_BATCHES = 4  # in full-batch latencies; 1 gave the gain away again (simulated, tests/runtime/test_schedule.py)
@@ -50,27 +50,26 @@ Queue = TypeVar("Queue", bound=Waiting)
 def choose(queues: Iterable[Queue], now_ms: float, max_wait_ms: float) -> tuple[Queue | None, float]:
     """The queue to run now; or None and the time at which to ask again (inf: when there is something new).
 
+    A queue may run when it is full, or when its first row has waited for `max_wait_ms`: with 0 any may, and the
+    executor never idles. Of those that may:
+
     1. Survivors whose first row has waited longer than their patience, the deepest such queue.
     2. The deepest full queue. New rows out of patience count as one, so that a rare shape gets its turn.
-    3. The deepest queue whose first row has waited for `max_wait_ms`: with 0, any, so the executor never idles.
+    3. The deepest queue.
+
     At the same depth, the one that has waited longest.
     """
     best: Queue | None = None
-    best_rank = (0, 0, 0.0)  # rule, depth, age
+    best_rank = (0, 0, 0.0)  # urgency, depth, age
     wake_ms = inf
     for queue in queues:
         segment, age = queue.segment, now_ms - queue.since_ms
-        is_late = age > queue.patience_ms
-        if segment and is_late:
-            rule = 3
-        elif queue.rows >= queue.full or is_late:
-            rule = 2
-        elif age >= max_wait_ms:
-            rule = 1
-        else:
+        is_full = queue.rows >= queue.full
+        if not is_full and age < max_wait_ms:
             wake_ms = min(wake_ms, queue.since_ms + max_wait_ms)
             continue
-        rank = (rule, segment, age)
+        is_late = age > queue.patience_ms
+        rank = (2 if segment and is_late else 1 if is_full or is_late else 0, segment, age)
         if best is None or rank > best_rank:
             best, best_rank = queue, rank
     return best, inf if best is not None else wake_ms
