@@ -12,9 +12,9 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.connection import Connection
-from time import perf_counter
+from time import clock_gettime, perf_counter, pthread_getcpuclockid
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,6 +23,18 @@ import numpy as np
 from offramp.runtime import Result
 
 Submit = Callable[[dict[str, np.ndarray]], "Future[Result]"]
+
+
+@dataclass(frozen=True)
+class Server:
+    """What is asked, and the threads in which it runs the engines."""
+
+    submit: Submit
+    threads: list[threading.Thread]
+
+    def cpu_seconds(self) -> float:
+        """CPU time of those threads so far."""
+        return sum(clock_gettime(pthread_getcpuclockid(thread.ident or 0)) for thread in self.threads)
 
 
 @dataclass(frozen=True)
@@ -42,14 +54,11 @@ class Round:
     seconds: float  # from the first request to the last answer
     latency_ms: np.ndarray  # (N,)
     answers: np.ndarray  # (N, 2): prediction and exit of every request
-
-    @property
-    def per_second(self) -> float:
-        return len(self.latency_ms) / self.seconds
+    cpu_seconds: float = 0.0  # of the threads that run the engines
 
 
 class LoadGenerator:
-    """The server's side of the pipe; `with LoadGenerator() as generator: generator.drive(load, submit, samples)`."""
+    """The server's side of the pipe; `with LoadGenerator() as generator: generator.drive(load, server, samples)`."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
@@ -67,9 +76,10 @@ class LoadGenerator:
         self._conn.send(None)
         self._process.join(10)
 
-    def drive(self, load: Load, submit: Submit, samples: list[dict[str, np.ndarray]]) -> Round:
+    def drive(self, load: Load, server: Server, samples: list[dict[str, np.ndarray]]) -> Round:
         """Serve one round: request i asks about samples[i % len(samples)]."""
         self._conn.send(load)
+        cpu_start = server.cpu_seconds()
         outbox: deque[tuple[int, Future[Result]]] = deque()
         there = threading.Event()
 
@@ -84,11 +94,12 @@ class LoadGenerator:
             numbers = np.frombuffer(self._conn.recv_bytes(), np.int64).tolist()
             taken += len(numbers)
             for number in numbers:
-                answer = submit(samples[number % len(samples)])
+                answer = server.submit(samples[number % len(samples)])
                 answer.add_done_callback(lambda answer, number=number: put(number, answer))
         sender.join()
+        cpu_seconds = server.cpu_seconds() - cpu_start
         found: Round = self._conn.recv()
-        return found
+        return replace(found, cpu_seconds=cpu_seconds)
 
 
 def _send_answers(
