@@ -20,9 +20,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from offramp.runtime import Result
+from offramp.runtime import Answer, Result
 
-Submit = Callable[[dict[str, np.ndarray]], "Future[Result]"]
+Submit = Callable[[dict[str, np.ndarray]], "Future[Result] | Answer"]
 
 
 @dataclass(frozen=True)
@@ -80,10 +80,10 @@ class LoadGenerator:
         """Serve one round: request i asks about samples[i % len(samples)]."""
         self._conn.send(load)
         cpu_start = server.cpu_seconds()
-        outbox: deque[tuple[int, Future[Result]]] = deque()
+        outbox: deque[tuple[int, Future[Result] | Answer]] = deque()
         there = threading.Event()
 
-        def put(number: int, answer: Future[Result]) -> None:
+        def put(number: int, answer: Future[Result] | Answer) -> None:
             outbox.append((number, answer))
             there.set()
 
@@ -103,7 +103,7 @@ class LoadGenerator:
 
 
 def _send_answers(
-    conn: Connection, outbox: deque[tuple[int, Future[Result]]], there: threading.Event, num_requests: int
+    conn: Connection, outbox: deque[tuple[int, Future[Result] | Answer]], there: threading.Event, num_requests: int
 ) -> None:
     sent = 0
     while sent < num_requests:

@@ -36,7 +36,7 @@ def main(bundle: Path) -> None:
         costs = measure_batch_costs(runner, runner.encode(TEXTS), sizes=(1, 2, 4, 8), budget_s=0.5)
         with Pool(runner, max_batch=8, costs=costs, admission=Admission(max_rows=256, pad_to=8)) as pool:
             print("answered in tasks:", asyncio.run(serve(pool, runner)))
-            answer = pool.submit(runner.encode(["a thread may ask too"]))  # a Future; the thread waits when it likes
+            answer = pool.submit(runner.encode(["a thread may ask too"]))  # the thread waits when it likes
             print("answered in a thread:", answer.result().reason)
             for tokens, plan in pool.plans.items():
                 print(f"{tokens} tokens: batches of {plan.batch_rows}, regrouping gains {plan.gain:.2f}")

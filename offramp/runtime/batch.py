@@ -34,17 +34,14 @@ class Leaving:
         self.exit_index = exit_index
         self.reason = reason
 
-    def runs(self) -> list[tuple[Answer, int, int]]:
-        """(owner, first, end): neighbouring rows of one request."""
-        runs = []
-        first, num_rows = 0, len(self.owners)
-        while first < num_rows:
-            owner, end = self.owners[first], first + 1
-            while end < num_rows and self.owners[end] is owner:
-                end += 1
-            runs.append((owner, first, end))
+    def add_parts(self) -> None:
+        """Give requests of several rows what was said about those that are here."""
+        first = 0
+        for owner, run in groupby(self.owners) if any([owner.num_rows > 1 for owner in self.owners]) else ():
+            end = first + len(list(run))
+            if owner.num_rows > 1:
+                owner.add(self.part(first, end))
             first = end
-        return runs
 
     def part(self, first: int, end: int) -> Part:
         """A run of rows as a part of its request, in its order."""

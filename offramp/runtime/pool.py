@@ -1,7 +1,7 @@
 """The pool: many threads or asyncio tasks submit small requests, and rows that wait at the same segment run together.
 
 with Pool(runner, max_batch=8, costs=measure_batch_costs(runner, sample)) as pool:
-    answer = pool.submit(inputs, deadline_ms=50)   # a Future: answer.result() in a thread, await answer in a task
+    answer = pool.submit(inputs, deadline_ms=50)   # answer.result() in a thread, await answer in a task
 
 New rows form batches of at most `max_batch`. Survivors of an exit run on at once, or wait for the survivors of other
 batches where the measured costs promise throughput for it: schedule.py has the rule. An answer is that of
@@ -19,7 +19,6 @@ import atexit
 import heapq
 import threading
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import InvalidStateError
 from dataclasses import replace
 from itertools import count
 from math import inf
@@ -33,7 +32,7 @@ from numpy.typing import NDArray
 from offramp.bundle import ROWS
 from offramp.errors import ClosedError, DeadlineError, InputError, QueueFullError
 from offramp.runtime.admission import Admission, check_options, padded_row_shapes, plain_shapes
-from offramp.runtime.answer import Answer, refuse, wake
+from offramp.runtime.answer import Answer, finish, refuse
 from offramp.runtime.batch import Leaving, by_policy, decided, gathered, merged_inputs, whole_result
 from offramp.runtime.costs import BatchCosts
 from offramp.runtime.inputs import check_values, checked_arrays
@@ -107,7 +106,7 @@ class Pool:
         answer = Answer(self, num_rows, lane.epoch.setting.policy_of(source), now_ms + deadline_ms)
         if not num_rows:
             answer.is_open = False
-            answer.set_result(self.runner.run(arrays, source))
+            finish([answer], [self.runner.run(arrays, source)])
             return answer
         group = Group.of_request(answer, arrays, now_ms)
         with self._lock:
@@ -241,8 +240,10 @@ class Pool:
         try:
             while (batch := self._next_batch()) is not None:
                 lane, segment, groups = batch
+                del batch
                 self._replan(lane, segment)
                 self._run(lane, segment, groups)
+                groups = []  # their carries go while the next batch is awaited
         except BaseException as exc:  # a bug of ours: leave nobody waiting
             with self._lock:
                 self._num_workers -= 1
@@ -339,15 +340,12 @@ class Pool:
 
     def _settle(self, lane: Lane, segment: int, survivors: list[Group], leaving: Sequence[Leaving]) -> list[Group]:
         """Answer who left, and let survivors wait, or refuse them in a closing pool; the groups to run on at once."""
-        runs = [(leave, leave.runs()) for leave in leaving]
-        for leave, spans in runs:
-            for owner, first, end in spans:
-                if owner.num_rows > 1:
-                    owner.add(leave.part(first, end))
+        for leave in leaving:
+            leave.add_parts()
         expired: list[Answer] = []
         refused: list[Answer] = []
         with self._lock:
-            whole = [(leave, *self._completed(spans)) for leave, spans in runs]
+            whole = [(leave, *self._completed(leave.owners)) for leave in leaving]
             if segment < len(self.runner.engines) - 1:
                 lane.epoch.survival.observe(segment, *_entered_and_stayed(survivors, leaving))
             if survivors:
@@ -364,28 +362,28 @@ class Pool:
         refuse(refused, _CLOSED)
         return [group for group in map(Group.open_part, survivors) if group is not None]
 
-    def _completed(self, spans: list[tuple[Answer, int, int]]) -> tuple[list[int], list[Answer]]:
-        """The answers that these rows complete, claimed, and the first of their rows. Under the lock."""
+    def _completed(self, owners: list[Answer]) -> tuple[list[int], list[Answer]]:
+        """The answers that these rows complete, claimed, and the rows that completed them. Under the lock."""
         rows, answers = [], []
-        for owner, first, end in spans:
-            owner.num_left -= end - first
-            if owner.num_left == 0 and owner.is_open:
+        for row, owner in enumerate(owners):
+            owner.num_left -= 1
+            if not owner.num_left and owner.is_open:
                 owner.is_open = False
                 self._num_rows -= owner.num_rows
-                rows.append(first)
+                rows.append(row)
                 answers.append(owner)
         return rows, answers
 
     def _give(self, leave: Leaving, rows: list[int], answers: list[Answer]) -> None:
-        """Write the answers whose (first) rows are `rows` of `leave`, and wake who waits."""
-        results = leave.results()
-        for answer, row in zip(answers, rows, strict=True):
-            result = results[row] if answer.num_rows == 1 else whole_result(answer, self._num_classes)
-            try:
-                answer.set_result(result)
-            except InvalidStateError:  # somebody wrote into the future himself
-                continue
-        wake(answers)
+        """Write the answers whose (last) rows are `rows` of `leave`, and wake who waits."""
+        if not answers:
+            return
+        single = leave.results()
+        outcomes = [
+            single[row] if answer.num_rows == 1 else whole_result(answer, self._num_classes)
+            for answer, row in zip(answers, rows, strict=True)
+        ]
+        finish(answers, outcomes)
 
     def _fail(self, groups: list[Group], error: Exception) -> None:
         with self._lock:

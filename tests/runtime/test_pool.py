@@ -32,6 +32,11 @@ from offramp.runtime.schedule import MIN_ROWS_SEEN
 STAYS = 4  # a number that goes to full depth; odd ones leave first
 
 
+def wait_all(answers: list[Any]) -> None:
+    for answer in answers:
+        answer.result(PATIENCE_S)
+
+
 def occupy(pool: Pool, gate: Any, number: int = STAYS) -> Any:
     """Let the first segment begin with one row, and wait there."""
     answer = pool.submit(request(number))
@@ -68,7 +73,7 @@ def test_survivors_of_different_batches_run_together_where_that_pays() -> None:
     runner = numbered_runner()
     with Pool(runner, max_batch=8, costs=flat_costs()) as pool:
         teach = [pool.submit(request(*range(8))) for _ in range(64)]  # half leave first, a quarter next
-        concurrent.futures.wait(teach)
+        wait_all(teach)
         assert pool.plans[1].regroup == (False, True, True)
         gate = gated_runner()[1]
         runner.engines = (gate, *runner.engines[1:])
@@ -87,7 +92,7 @@ def test_without_costs_or_where_there_is_nothing_to_gain_batches_run_to_completi
     for costs in (None, steep):
         runner = numbered_runner()
         with Pool(runner, max_batch=8, costs=costs) as pool:
-            concurrent.futures.wait([pool.submit(request(*range(8))) for _ in range(64)])
+            wait_all([pool.submit(request(*range(8))) for _ in range(64)])
             assert not any(pool.plans[1].regroup)
         assert set(rows_run(runner, 1)) <= ({4} if costs is None else {0, 1, 2, 3, 4})
 
@@ -97,7 +102,7 @@ def test_engines_whose_carry_does_not_last_are_neither_regrouped_nor_shared() ->
     for engine in runner.engines:
         engine.keeps_carries = False
     with Pool(runner, max_batch=8, costs=flat_costs()) as pool:
-        concurrent.futures.wait([pool.submit(request(*range(8))) for _ in range(64)])
+        wait_all([pool.submit(request(*range(8))) for _ in range(64)])
         assert pool.plans[1].gain > 1.2
         assert not any(pool.plans[1].regroup)
     with pytest.raises(OptionError, match="workers=2, expected 1"):
@@ -166,7 +171,6 @@ def test_cancelled_rows_cost_nothing_more() -> None:
         assert not first.cancel()
     assert rows_run(runner, 0) == [1, 2]
     assert rows_run(runner, 1) == [1]
-    assert concurrent.futures.wait([second], PATIENCE_S).not_done == set()
 
 
 def test_rows_that_are_late_are_refused_between_segments_and_in_the_queue() -> None:
@@ -302,6 +306,24 @@ def test_a_callback_may_use_the_pool_and_close_it() -> None:
     pool.close()
 
 
+def test_a_callback_that_raises_is_logged_and_disturbs_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    runner, gate = gated_runner()
+    called: list[Any] = []
+    with Pool(runner, max_batch=2) as pool:
+        occupy(pool, gate)
+        answers = [pool.submit(request(n)) for n in (1, 3)]
+        answers[0].add_done_callback(lambda _: 1 / 0)
+        answers[0].add_done_callback(called.append)
+        answers[1].add_done_callback(called.append)
+        with pytest.raises(TimeoutError, match="may still come"):
+            answers[0].result(0)
+        gate.let_go(2)
+        assert [numbers_of(answer.result(PATIENCE_S)) for answer in answers] == [[1], [3]]
+    answers[0].add_done_callback(called.append)
+    assert called == [*answers, answers[0]]
+    assert "a callback of an answer failed" in caplog.text
+
+
 def test_a_broken_worker_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(threading, "excepthook", seen.append)
@@ -382,7 +404,7 @@ def test_a_loop_that_is_gone_disturbs_nobody() -> None:
 def test_the_survival_it_sees_is_the_runner_s(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = numbered_runner()
     with Pool(runner, max_batch=8) as pool:
-        concurrent.futures.wait([pool.submit(request(*range(8))) for _ in range(MIN_ROWS_SEEN)])
+        wait_all([pool.submit(request(*range(8))) for _ in range(MIN_ROWS_SEEN)])
         assert pool._epoch.survival.rates() == (0.5, 0.5)
 
 
