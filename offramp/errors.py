@@ -13,6 +13,10 @@ OfframpError
 ├── BackendError       whoever runs the machine: a package, driver or GPU is missing
 │   └── PlanError      the plan was built for another TensorRT or GPU
 ├── BuildError         TensorRT refused or was cancelled
+├── RefusedError       whoever sends or sizes the load: a pool did not answer this request
+│   ├── QueueFullError it holds as many rows as it may
+│   ├── DeadlineError  the request's time was over before its answer was there
+│   └── ClosedError    the pool was closed
 ├── ParityError        two implementations disagree beyond tolerance
 └── StorageError       the disk: full, read-only, no permission
 
@@ -70,6 +74,22 @@ class PlanError(BackendError):
 
 class BuildError(OfframpError):
     """TensorRT refused the graph, or the build was cancelled."""
+
+
+class RefusedError(OfframpError):
+    """A pool did not answer this request; the request itself may be fine."""
+
+
+class QueueFullError(RefusedError):
+    """The pool holds as many rows as it may."""
+
+
+class DeadlineError(RefusedError):
+    """The request's time was over before its answer was there."""
+
+
+class ClosedError(RefusedError):
+    """The pool was closed before the request was answered."""
 
 
 class ParityError(OfframpError):

@@ -59,6 +59,15 @@ class PolicyState(NamedTuple):
         return PolicyState(self.prediction[keep], self.streak[keep], self.total[keep])
 
 
+def joined(states: Sequence[PolicyState | None]) -> PolicyState | None:
+    """The states of several groups of rows, one after another; None when the policy remembers nothing."""
+    kept = [state for state in states if state is not None]
+    if len(states) == 1 or not kept:
+        return states[0]
+    assert len(kept) == len(states), "one policy remembers in every group or in none"
+    return PolicyState(*(np.concatenate(column) for column in zip(*kept, strict=True)))
+
+
 class Decision(NamedTuple):
     """Which rows leave an exit, why, and what the policy wants to be given at the next one."""
 

@@ -15,6 +15,7 @@ SCRIPTS = {
     "chain_vs_uncut": ["--quick"],
     "cut_costs": ["--quick"],
     "int8": ["--quick"],
+    "pool": ["--quick"],
     "runner_overhead": ["--quick"],
     "trimming": ["--quick"],
     "tensorrt_latency": ["--quick"],
@@ -35,3 +36,7 @@ def test_last_line_is_json(name: str) -> None:
     summary = run_script(name)
     assert summary["bench"] == name
     assert summary["machine"]
+    if name == "pool":
+        random_load = summary["random_load"]
+        assert [random_load[fault] for fault in ("lost", "duplicated", "mixed", "rows_left")] == [0] * 4
+        assert random_load["answered"] > 0

@@ -46,6 +46,13 @@ def test_embed_in_a_service(text_bundle: TextBundle) -> None:
     assert answer["exit_index"] in (0, 1)
 
 
+def test_pool(text_bundle: TextBundle) -> None:
+    printed = run_example("04_pool.py", text_bundle.path)
+    assert "answered in tasks: 32" in printed
+    assert "answered in a thread:" in printed
+    assert "tokens: batches of" in printed
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.py")), ids=lambda path: path.name)
 def test_examples_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= 60

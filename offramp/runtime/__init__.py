@@ -6,10 +6,28 @@ with Runner.open("bundle") as runner:
     result = runner.run(runner.encode(["a warm and funny film"]))
 """
 
+from offramp.runtime.admission import Admission
+from offramp.runtime.answer import Answer
 from offramp.runtime.backends import PlanWarning
+from offramp.runtime.costs import BatchCosts, measure_batch_costs
 from offramp.runtime.engine import Engine, SegmentOutput
 from offramp.runtime.fake import FakeEngine, fake_runner
+from offramp.runtime.pool import Pool
 from offramp.runtime.runner import Result, Runner
 from offramp.runtime.tensorrt.options import TensorRtOptions
 
-__all__ = ["Engine", "FakeEngine", "PlanWarning", "Result", "Runner", "SegmentOutput", "TensorRtOptions", "fake_runner"]
+__all__ = [
+    "Admission",
+    "Answer",
+    "BatchCosts",
+    "Engine",
+    "FakeEngine",
+    "PlanWarning",
+    "Pool",
+    "Result",
+    "Runner",
+    "SegmentOutput",
+    "TensorRtOptions",
+    "fake_runner",
+    "measure_batch_costs",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
@@ -17,14 +18,20 @@ class SegmentOutput(NamedTuple):
     scores: NDArray[np.float32]  # (S, 3): max probability, margin, normalised entropy, all in [0, 1]
     learned: NDArray[np.float32] | None = None  # (S,) in [0, 1]: the model's own confidence, where it has one
 
-    def rows(self, keep: NDArray[Any]) -> SegmentOutput:
-        """What was said about the rows `keep`, positions or a mask; without the carry."""
+    def rows(self, keep: NDArray[Any] | slice) -> SegmentOutput:
+        """What was said about the rows `keep`, positions, a mask or a slice; without the carry."""
         learned = None if self.learned is None else self.learned[keep]
         return SegmentOutput(None, self.logits[keep], self.prediction[keep], self.scores[keep], learned)
 
 
 class Engine(Protocol):
-    """One segment, ready to run in this process. Not to be shared between threads."""
+    """One segment, ready to run in this process.
+
+    `keeps_carries` says whether a carry outlives the engine's next run and the engine may run in several threads at
+    once; a pool neither lets rows wait between engines without it, nor shares them between workers.
+    """
+
+    keeps_carries: bool
 
     def run(self, carry: Any, rows: NDArray[np.int64], inverse_temperature: np.float32) -> SegmentOutput:
         """Run the segment on the rows `rows` (S,) of `carry`, S >= 1.
@@ -37,6 +44,13 @@ class Engine(Protocol):
         """`carry`, as `run` takes it, with only the first `size` along `dimension`; all of it where that gains nothing.
 
         The runner asks for it where the manifest says that the rest is padding which changes no bit.
+        """
+
+    def merged(self, parts: Sequence[tuple[Any, NDArray[np.int64]]]) -> Any:
+        """One carry for this segment that holds the given rows of several carries, in order; those stay as they are.
+
+        `parts` are carries of outputs of the segment before and positions in them, alike in all but their number of
+        rows. Not asked of the first segment. Raises BackendError where the backend cannot do it.
         """
 
     def close(self) -> None:

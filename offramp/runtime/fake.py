@@ -49,6 +49,8 @@ class FakeEngine:
     `calls` holds what it was asked, in order; `is_closed` whether `close` was called.
     """
 
+    keeps_carries = True
+
     def __init__(self, answer: Answer, learned: Answer | None = None) -> None:
         """`learned` gives the learned confidences (S,) of the rows, for an exit that has them."""
         self._answer = answer
@@ -86,6 +88,10 @@ class FakeEngine:
     def trimmed(self, carry: Any, dimension: str, size: int) -> Any:
         """See Engine.trimmed: what a fake segment carries is as wide as ever."""
         return carry
+
+    def merged(self, parts: Sequence[tuple[Any, NDArray[np.int64]]]) -> dict[str, NDArray[Any]]:
+        """See Engine.merged."""
+        return {name: np.concatenate([carry[name][rows] for carry, rows in parts]) for name in parts[0][0]}
 
     def close(self) -> None:
         """See Engine.close."""

@@ -29,6 +29,13 @@ def checked_inputs(inputs: Mapping[str, Any], manifest: Manifest) -> tuple[dict[
     dimensions, agrees with the others on the symbolic ones, and holds values in range. More rows than the
     manifest's maximum are fine: the runner splits them.
     """
+    arrays, num_rows = checked_arrays(inputs, manifest)
+    check_values(arrays, num_rows, manifest)
+    return arrays, num_rows
+
+
+def checked_arrays(inputs: Mapping[str, Any], manifest: Manifest) -> tuple[dict[str, NDArray[Any]], int]:
+    """As `checked_inputs`, without a look at the values."""
     _check_names(inputs, manifest.inputs)
     arrays: dict[str, NDArray[Any]] = {}
     sizes: dict[str, int] = {}  # symbolic dimension -> its size in this request
@@ -36,11 +43,14 @@ def checked_inputs(inputs: Mapping[str, Any], manifest: Manifest) -> tuple[dict[
         array = _array_from_value(spec, inputs[spec.name])
         _bind_dimensions(spec, array.shape, sizes, manifest)
         arrays[spec.name] = array
-    num_rows = sizes[ROWS]
+    return arrays, sizes[ROWS]
+
+
+def check_values(arrays: Mapping[str, NDArray[Any]], num_rows: int, manifest: Manifest) -> None:
+    """Raise InputError, naming the input and the row, unless all values of the `num_rows` rows are in range."""
     if num_rows:
         for spec in manifest.inputs:
             _check_values(spec, arrays[spec.name])
-    return arrays, num_rows
 
 
 def _check_names(inputs: Mapping[str, Any], specs: tuple[InputSpec, ...]) -> None:
@@ -111,8 +121,9 @@ def _is_short_and_right(spec: InputSpec, array: NDArray[Any]) -> bool:
     if array.size > _SHORT or not array.size or array.dtype.kind != "i" or spec.minimum is None or spec.maximum is None:
         return False
     values = array.ravel().tolist()
-    in_range = spec.minimum <= min(values) and max(values) <= spec.maximum
-    return in_range and (not spec.is_mask or (len(array) == 1 and 1 in values))
+    if not (spec.minimum <= min(values) and max(values) <= spec.maximum):
+        return False
+    return not spec.is_mask or (array.ndim == 2 and all(1 in row for row in array.tolist()))
 
 
 def _check_values(spec: InputSpec, array: NDArray[Any]) -> None:

@@ -5,6 +5,7 @@ Inputs and outputs are plain numpy arrays: OrtValues cost more per call than the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +47,8 @@ _DTYPES = {  # ONNX Runtime's name of a tensor type -> numpy's
 class OnnxRuntimeEngine:
     """One segment in one InferenceSession; its carry is a list of numpy arrays."""
 
+    keeps_carries = True
+
     def __init__(self, session: onnxruntime.InferenceSession, manifest: Manifest, index: int) -> None:
         segment, exit_spec = manifest.segments[index], manifest.exits[index]
         self._session: onnxruntime.InferenceSession | None = session
@@ -82,6 +85,20 @@ class OnnxRuntimeEngine:
             return {name: array[_first(size, dimension, self._input_shapes[name])] for name, array in carry.items()}
         handed = zip(carry, self._carry_shapes, strict=True)
         return [array[_first(size, dimension, shape)] for array, shape in handed]
+
+    def merged(self, parts: Sequence[tuple[Any, NDArray[np.int64]]]) -> list[NDArray[Any]]:
+        """See Engine.merged. Every row is copied once."""
+        total = sum(len(rows) for _, rows in parts)
+        merged = []
+        for tensors in zip(*(carry for carry, _ in parts), strict=True):
+            whole = np.empty((total, *tensors[0].shape[1:]), tensors[0].dtype)
+            start = 0
+            for tensor, (_, rows) in zip(tensors, parts, strict=True):
+                end = start + len(rows)
+                np.take(tensor, rows, axis=0, out=whole[start:end], mode="clip")  # "raise" would copy twice
+                start = end
+            merged.append(whole)
+        return merged
 
     def close(self) -> None:
         """See Engine.close."""

@@ -80,6 +80,8 @@ class TensorRtChain:
 class TensorRtEngine:
     """One segment; its carry is a handle to device memory, valid until the segment runs again in the same thread."""
 
+    keeps_carries = False
+
     def __init__(self, chain: TensorRtChain, index: int) -> None:
         self._chain: TensorRtChain | None = chain
         self._index = index
@@ -87,6 +89,10 @@ class TensorRtEngine:
     def run(self, carry: Any, rows: NDArray[np.int64], inverse_temperature: np.float32) -> SegmentOutput:
         """See Engine.run. Raises BackendError when CUDA or TensorRT fail, and for a carry gone stale."""
         return self._open_chain().worker().run(self._index, carry, rows, inverse_temperature)
+
+    def trimmed(self, carry: Any, dimension: str, size: int) -> Any:
+        """See Engine.trimmed: carries stay where and as they are on the device."""
+        return carry
 
     def merged(self, parts: Sequence[Any]) -> Any:
         """Not possible: carries of several requests do not lie in one piece of device memory. Raises BackendError."""

@@ -1,0 +1,156 @@
+"""What a batch costs in each segment: measured latencies over batch sizes, L_k(b), and the lines between them.
+
+It measures and interpolates; what follows from the figures is decided by whoever asks (schedule.py).
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from math import isfinite
+from time import perf_counter
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.bundle import ROWS, Manifest
+from offramp.errors import DataError, InputError, OptionError
+from offramp.runtime.inputs import checked_inputs
+
+if TYPE_CHECKING:
+    from offramp.runtime.runner import Runner
+
+SCHEMA = 1
+SIZES = (1, 2, 4, 8, 16, 32)
+# Other work on the machine only ever adds: where it came and went, medians told doubled latencies and this did not.
+_QUANTILE = 0.25
+# Chosen, not measured: of 5 runs, three may be disturbed; more than 200 tell nothing new.
+_MIN_REPETITIONS, _MAX_REPETITIONS = 5, 200
+
+_Inputs = dict[str, NDArray[Any]]
+
+
+@dataclass(frozen=True)
+class BatchCosts:
+    """Typical latency of each of E segments at B batch sizes, one executor running alone.
+
+    `sizes` (B,) ascend, `ms[k]` (B,) is positive and never falls. `row_size` is how large the measured rows were:
+    the product of their symbolic dimensions, such as their number of tokens. Raises DataError when made otherwise.
+    """
+
+    sizes: tuple[int, ...]
+    ms: tuple[tuple[float, ...], ...]
+    row_size: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.sizes or self.sizes[0] < 1 or any(a >= b for a, b in pairwise(self.sizes)):
+            raise DataError(f"batch costs: got sizes {self.sizes}, expected ascending numbers from 1")
+        if self.row_size < 1:
+            raise DataError(f"batch costs: got row_size {self.row_size}, expected at least 1")
+        for segment, line in enumerate(self.ms):
+            is_whole = len(line) == len(self.sizes) and all(isfinite(ms) and ms > 0 for ms in line)
+            if not is_whole or any(a > b for a, b in pairwise(line)):
+                raise DataError(
+                    f"batch costs: segment {segment} has {line}, expected {len(self.sizes)} positive numbers, "
+                    f"one per size, none below the one before it; measure again with `measure_batch_costs`"
+                )
+
+    def latency_ms(self, segment: int, rows: float, row_size: int = 0) -> float:
+        """The expected latency of `segment` on `rows` rows; 0 for none. Never falls as `rows` grows.
+
+        Linear between the measured sizes and beyond them. Rows of another size than the measured ones count by their
+        size: 8 rows of 16 tokens as 2 of 64. `row_size=0` is the measured size.
+        """
+        if rows <= 0:
+            return 0.0
+        sizes, line = self.sizes, self.ms[segment]
+        if row_size:
+            rows = rows * row_size / self.row_size
+        if len(sizes) == 1:
+            return line[0] * rows / sizes[0]
+        after = min(max(bisect_right(sizes, rows), 1), len(sizes) - 1)
+        slope = (line[after] - line[after - 1]) / (sizes[after] - sizes[after - 1])
+        return max(line[after - 1] + slope * (rows - sizes[after - 1]), 0.0)
+
+    def to_json(self) -> str:
+        """The costs as JSON; `from_json` gives back exactly these."""
+        return json.dumps({"schema": SCHEMA, "row_size": self.row_size, "sizes": self.sizes, "ms": self.ms})
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> BatchCosts:
+        """The costs written by `to_json`. Raises DataError when it is anything else."""
+        try:
+            document = json.loads(text)
+            schema, row_size = document["schema"], int(document["row_size"])
+            sizes = tuple(int(size) for size in document["sizes"])
+            ms = tuple(tuple(float(cost) for cost in line) for line in document["ms"])
+        except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as exc:
+            raise DataError(f"batch costs: not what `to_json` writes ({exc!r}); measure again") from exc
+        if schema != SCHEMA:
+            raise DataError(f"batch costs have schema {schema!r}, this offramp reads {SCHEMA}")
+        return cls(sizes, ms, row_size)
+
+
+def measure_batch_costs(
+    runner: Runner, inputs: Mapping[str, NDArray[Any]], sizes: Sequence[int] = SIZES, budget_s: float = 2.0
+) -> BatchCosts:
+    """Time every segment of `runner` at every batch size of `sizes` on the rows of `inputs`, repeated as needed.
+
+    All rows go to full depth, one chain after another, so that weights and carries are as cold as they are in
+    service. Stops once `budget_s` seconds are over, but not before 5 rounds. Sizes above the bundle's maximum are
+    left out. Nothing else should run on these engines meanwhile. Raises OptionError or InputError.
+    """
+    arrays, num_rows = checked_inputs(inputs, runner.manifest)
+    if not num_rows:
+        raise InputError("measuring batch costs: got no rows, expected at least one; pass real inputs")
+    limits = runner.manifest.dimensions.get(ROWS)
+    chosen = sorted({int(size) for size in sizes if not limits or size <= limits.max})
+    if not chosen or chosen[0] < 1:
+        raise OptionError(f"measuring batch costs: got sizes {tuple(sizes)}, expected some from 1 to the maximum")
+    batches = [{name: a[np.arange(size) % num_rows] for name, a in arrays.items()} for size in chosen]
+    for batch in batches:  # the first run of a shape plans memory
+        _chain_ms(runner, batch)
+    rounds: list[list[list[float]]] = []  # repetition -> size -> segment
+    end = perf_counter() + budget_s
+    while len(rounds) < _MIN_REPETITIONS or (len(rounds) < _MAX_REPETITIONS and perf_counter() < end):
+        rounds.append([_chain_ms(runner, batch) for batch in batches])
+    typical = np.quantile(np.asarray(rounds), _QUANTILE, axis=0)  # (B, E)
+    ms = tuple(_never_falling(line) for line in typical.T.tolist())
+    return BatchCosts(tuple(chosen), ms, row_size_from_inputs(arrays, runner.manifest))
+
+
+def row_size_from_inputs(inputs: _Inputs, manifest: Manifest) -> int:
+    """The product of the symbolic dimensions of a row, the row axis itself left out: its tokens, its pixels; or 1."""
+    sizes: dict[str, int] = {}
+    for spec in manifest.inputs:
+        named = zip(spec.shape, inputs[spec.name].shape, strict=True)
+        sizes |= {name: size for name, size in named if isinstance(name, str) and name != ROWS}
+    return max(int(np.prod(list(sizes.values()), dtype=np.int64)), 1)
+
+
+def _chain_ms(runner: Runner, inputs: _Inputs) -> list[float]:
+    """(E,) times of one pass of all rows through every segment."""
+    carry: Any = inputs
+    rows = np.arange(len(next(iter(inputs.values()))))  # (S,)
+    times = []
+    for engine in runner.engines:
+        start = perf_counter()
+        carry = engine.run(carry, rows, np.float32(1)).carry
+        times.append((perf_counter() - start) * 1e3)
+    return times
+
+
+def _never_falling(line: list[float]) -> tuple[float, ...]:
+    """The nearest line (least squares) that never falls: neighbours in the wrong order are averaged."""
+    blocks: list[tuple[float, int]] = []  # mean, how many sizes
+    for ms in line:
+        mean, count = max(ms, 1e-6), 1
+        while blocks and blocks[-1][0] > mean:
+            before, num = blocks.pop()
+            mean, count = (mean * count + before * num) / (count + num), count + num
+        blocks.append((mean, count))
+    return tuple(mean for mean, count in blocks for _ in range(count))
