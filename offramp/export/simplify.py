@@ -19,12 +19,12 @@ from offramp.export.score_head import PREFIX
 def simplify_graph(graph: GraphProto) -> None:
     """Rewrite `graph` in place; its value_info must hold the shapes that probing found."""
     _fix_reshapes(graph)
-    _drop_unread(graph)
+    drop_unread(graph)
 
 
 def _fix_reshapes(graph: GraphProto) -> None:
     """Give every Reshape whose result follows from its input's shape a constant target."""
-    shapes = _shapes(graph)
+    shapes = known_shapes(graph)
     constants = {tensor.name for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type != "Reshape" or node.input[1] in constants:
@@ -55,7 +55,7 @@ def _target(before: Sequence[Dimension] | None, after: Sequence[Dimension] | Non
     return target if target.count(-1) <= 1 else None
 
 
-def _drop_unread(graph: GraphProto) -> None:
+def drop_unread(graph: GraphProto) -> None:
     """Take out operators, constants and shapes that nothing reads any more."""
     needed = {value.name for value in graph.output}
     kept = []
@@ -73,7 +73,7 @@ def _drop_unread(graph: GraphProto) -> None:
         field.extend(entries)
 
 
-def _shapes(graph: GraphProto) -> dict[str, list[Dimension]]:
+def known_shapes(graph: GraphProto) -> dict[str, list[Dimension]]:
     """Shapes of the tensors whose lengths are all written down, as numbers or names."""
     found = {}
     for value in (*graph.input, *graph.output, *graph.value_info):
