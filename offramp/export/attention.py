@@ -24,6 +24,7 @@ from offramp.export.score_head import PREFIX
 from offramp.export.simplify import drop_unread, known_shapes
 
 DOMAIN, OPERATOR = "com.microsoft", "MultiHeadAttention"
+_NAME = f"{PREFIX}{OPERATOR}/"  # so start the names of the nodes that are made here
 _SPLIT, _SWAP, _SPLIT_AND_SWAP = [0, 2, 1, 3], [0, 1, 3, 2], [0, 2, 3, 1]  # of (rows, tokens, heads, width)
 # What the operator computes, as far as it is used here: no bias of its own, no padding mask.
 _STANDARD = """
@@ -52,6 +53,13 @@ MultiHeadAttention <num_heads, scale> (query, key, value, bias, padding, mask) =
     output = Reshape (context, together)
 }
 """
+
+
+def fused_from_segment(model: ModelProto) -> ModelProto:
+    """`model` with its attentions fused; itself if it has none."""
+    copy = ModelProto()
+    copy.CopyFrom(model)
+    return copy if fuse_attention(copy) else model
 
 
 def fuse_attention(model: ModelProto) -> int:
@@ -86,8 +94,12 @@ def fuse_attention(model: ModelProto) -> int:
 
 
 def expand_attention(model: ModelProto) -> ModelProto:
-    """`model` with attentions as `fuse_attention` writes them in standard operators again; itself if it has none."""
-    if not any((node.domain, node.op_type) == (DOMAIN, OPERATOR) for node in model.graph.node):
+    """`model` with attentions as `fuse_attention` writes them in standard operators again; itself if it has none.
+
+    Attentions that came with the model, in whatever form, stay: then so do all.
+    """
+    found = [node for node in model.graph.node if (node.domain, node.op_type) == (DOMAIN, OPERATOR)]
+    if not found or not all(node.name.startswith(_NAME) for node in found):
         return model
     copy = ModelProto()
     copy.CopyFrom(model)
@@ -343,7 +355,7 @@ def _fused_nodes(match: _Attention, mask: str, constants: _Constants) -> list[No
         OPERATOR,
         [match.query, match.key, match.value, "", "", mask],
         [result],
-        f"{PREFIX}{OPERATOR}/{match.output}",
+        f"{_NAME}{match.output}",
         domain=DOMAIN,
         num_heads=match.heads,
         scale=match.scale,

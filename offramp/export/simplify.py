@@ -1,4 +1,4 @@
-"""Fewer operators for the same numbers: reshapes whose target follows from probing take it as a constant.
+"""Fewer operators for the same numbers: reshapes whose target follows from probing take it as a constant, or vanish.
 
 Beside weights that empty the caches a small operator costs ten times its warm price, so their number counts
 (docs/log.md); the exporter writes three or four of them to say that a reshape keeps the batch and the length.
@@ -18,8 +18,21 @@ from offramp.export.score_head import PREFIX
 
 def simplify_graph(graph: GraphProto) -> None:
     """Rewrite `graph` in place; its value_info must hold the shapes that probing found."""
+    _skip_reshapes(graph)
     _fix_reshapes(graph)
     drop_unread(graph)
+
+
+def _skip_reshapes(graph: GraphProto) -> None:
+    """Let the readers of a Reshape that changes no shape read what it reads."""
+    shapes, outputs = known_shapes(graph), {value.name for value in graph.output}
+    same: dict[str, str] = {}
+    for node in graph.node:
+        node.input[:] = [same.get(name, name) for name in node.input]
+        if node.op_type == "Reshape" and node.output[0] not in outputs:
+            before = shapes.get(node.input[0])
+            if before is not None and before == shapes.get(node.output[0]):
+                same[node.output[0]] = node.input[0]
 
 
 def _fix_reshapes(graph: GraphProto) -> None:

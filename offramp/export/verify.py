@@ -74,6 +74,11 @@ class Parity:
     fp16_exits_changed: dict[str, int] = field(default_factory=dict)  # threshold -> rows
     fp16_weight_share: list[float] = field(default_factory=list)
 
+    @property
+    def is_bit_equal(self) -> bool:
+        """Did all FP32 logits have the bits of the whole graph?"""
+        return self.chain_bit_equal and self.compacted_bit_equal
+
     def figures(self) -> dict[str, Any]:
         """Everything as plain JSON values."""
         return asdict(self)
