@@ -29,6 +29,7 @@ from offramp.bundle import (
     read_file,
 )
 from offramp.errors import BuildError, BundleError, CorruptError, OptionError
+from offramp.export.attention import expand_attention
 from offramp.export.build_progress import OnSegment, ignore_progress
 from offramp.export.profile import (
     Profile,
@@ -162,7 +163,7 @@ def _build_segment(
 ) -> SegmentBuild:
     """Build one plan, store it and record it. Raises BuildError, StorageError."""
     precision, backend = wanted.options.precision, wanted.backend
-    graph = read_file(bundle, segment.graphs[precision])
+    graph = expand_attention(_load_graph(bundle, segment.graphs[precision])).SerializeToString()
     report = functools.partial(on_progress, segment.index)
     try:
         built = plan_from_onnx(graph, build.profile, precision, backend, report)

@@ -27,6 +27,7 @@ from offramp.bundle import (
     manifest_bytes,
 )
 from offramp.errors import CaptureError, CutError, OptionError, StorageError
+from offramp.export.attention import fused_from_segment
 from offramp.export.chain import Arrays, Chain
 from offramp.export.cut import CutModel, segments_from_graph
 from offramp.export.graph import GraphView
@@ -93,13 +94,11 @@ def export_bundle(
         source.graph, source.exits, source.inputs, source.dimensions, source.example, source.learned
     )
     dimensions = _ranges(source, cut)
-    graphs = {"fp32": [segment.model for segment in cut.segments]}
     batches = source.calibration[:_VERIFIED_BATCHES]
     progress("verifying FP32")
-    parity, fp32 = Parity(), Chain.open(cut.segments, graphs["fp32"])
-    verify_fp32(parity, fp32, source.graph, _exit_specs(source, cut), batches)
+    models, fp32, parity = _verified_fp32(source, cut, batches, progress)
     parity.check()
-    chains = {"fp32": fp32}
+    graphs, chains = {"fp32": models}, {"fp32": fp32}
     feeds = _feeds(fp32, batches) if options.lowerings else []
     for precision, tolerance in options.lowerings.items():
         graphs[precision], shares, notes = _LOWERINGS[precision](cut, feeds, progress)
@@ -129,6 +128,30 @@ def check_target(bundle: Path) -> None:
     for path, mark, kind in ((bundle, MANIFEST, "a bundle"), (reference_path(bundle), WHOLE, "a reference")):
         if path.is_file() or (path.is_dir() and any(path.iterdir()) and not (path / mark).is_file()):
             raise StorageError(f"{path} exists and is not {kind}; choose another output directory or remove it")
+
+
+def _verified_fp32(
+    source: ModelSource, cut: CutModel, batches: Sequence[Arrays], progress: Progress
+) -> tuple[list[ModelProto], Chain, Parity]:
+    """The graphs for ONNX Runtime: with attention fused, unless bits of the whole graph are lost by that alone."""
+    plain = [segment.model for segment in cut.segments]
+    fused = [fused_from_segment(model) for model in plain]
+    with_fused = _verify(source, cut, fused, batches)
+    if with_fused[1].is_bit_equal or all(one is other for one, other in zip(fused, plain, strict=True)):
+        return fused, *with_fused
+    without = _verify(source, cut, plain, batches)
+    if without[1].is_bit_equal or with_fused[1].failures():
+        progress("attention stays in standard operators: as one operator it gives other bits than the whole graph")
+        return plain, *without
+    return fused, *with_fused
+
+
+def _verify(
+    source: ModelSource, cut: CutModel, models: list[ModelProto], batches: Sequence[Arrays]
+) -> tuple[Chain, Parity]:
+    chain, parity = Chain.open(cut.segments, models), Parity()
+    verify_fp32(parity, chain, source.graph, _exit_specs(source, cut), batches)
+    return chain, parity
 
 
 def _feeds(fp32: Chain, batches: Sequence[Arrays]) -> list[list[Arrays]]:

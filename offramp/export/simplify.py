@@ -1,4 +1,4 @@
-"""Fewer operators for the same numbers: reshapes whose target follows from probing take it as a constant.
+"""Fewer operators for the same numbers: reshapes whose target follows from probing take it as a constant, or vanish.
 
 Beside weights that empty the caches a small operator costs ten times its warm price, so their number counts
 (docs/log.md); the exporter writes three or four of them to say that a reshape keeps the batch and the length.
@@ -18,13 +18,26 @@ from offramp.export.score_head import PREFIX
 
 def simplify_graph(graph: GraphProto) -> None:
     """Rewrite `graph` in place; its value_info must hold the shapes that probing found."""
+    _skip_reshapes(graph)
     _fix_reshapes(graph)
-    _drop_unread(graph)
+    drop_unread(graph)
+
+
+def _skip_reshapes(graph: GraphProto) -> None:
+    """Let the readers of a Reshape that changes no shape read what it reads."""
+    shapes, outputs = known_shapes(graph), {value.name for value in graph.output}
+    same: dict[str, str] = {}
+    for node in graph.node:
+        node.input[:] = [same.get(name, name) for name in node.input]
+        if node.op_type == "Reshape" and node.output[0] not in outputs:
+            before = shapes.get(node.input[0])
+            if before is not None and before == shapes.get(node.output[0]):
+                same[node.output[0]] = node.input[0]
 
 
 def _fix_reshapes(graph: GraphProto) -> None:
     """Give every Reshape whose result follows from its input's shape a constant target."""
-    shapes = _shapes(graph)
+    shapes = known_shapes(graph)
     constants = {tensor.name for tensor in graph.initializer}
     for node in graph.node:
         if node.op_type != "Reshape" or node.input[1] in constants:
@@ -55,7 +68,7 @@ def _target(before: Sequence[Dimension] | None, after: Sequence[Dimension] | Non
     return target if target.count(-1) <= 1 else None
 
 
-def _drop_unread(graph: GraphProto) -> None:
+def drop_unread(graph: GraphProto) -> None:
     """Take out operators, constants and shapes that nothing reads any more."""
     needed = {value.name for value in graph.output}
     kept = []
@@ -73,7 +86,7 @@ def _drop_unread(graph: GraphProto) -> None:
         field.extend(entries)
 
 
-def _shapes(graph: GraphProto) -> dict[str, list[Dimension]]:
+def known_shapes(graph: GraphProto) -> dict[str, list[Dimension]]:
     """Shapes of the tensors whose lengths are all written down, as numbers or names."""
     found = {}
     for value in (*graph.input, *graph.output, *graph.value_info):

@@ -98,6 +98,11 @@ class Parity:
     lowered: dict[str, Lowered] = field(default_factory=dict)  # by precision
     trimming: dict[str, str] = field(default_factory=dict)  # precision -> what came of cutting off padding
 
+    @property
+    def is_bit_equal(self) -> bool:
+        """Did all FP32 logits have the bits of the whole graph?"""
+        return self.chain_bit_equal and self.compacted_bit_equal
+
     def figures(self) -> dict[str, Any]:
         """Everything as plain JSON values; those of a lowering begin with its name: fp16_chain, int8_chain."""
         figures = asdict(self)

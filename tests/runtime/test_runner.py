@@ -17,7 +17,7 @@ from offramp.bundle import SCORES, ExitSpec
 from offramp.errors import BundleError, OptionError
 from offramp.policy import FINAL, Policy, Veto
 from offramp.runtime import FakeEngine, Result, Runner, SegmentOutput, fake_runner
-from offramp.runtime.fake import X, fake_manifest
+from offramp.runtime.fake import MAX_ROWS, X, fake_manifest
 from offramp.tuning.replay import replay
 
 NUM_EARLY = tiny.NUM_SEGMENTS - 1
@@ -179,8 +179,8 @@ def test_segments_without_rows_are_skipped() -> None:
 
 def test_more_rows_than_the_maximum_are_split() -> None:
     runner = fake_runner([0.6, 0.6])
-    runner.run({"x": np.zeros(70, np.float32)})
-    assert [[len(call.rows) for call in engine.calls] for engine in runner.engines] == [[32, 32, 6]] * 2
+    runner.run({"x": np.zeros(2 * MAX_ROWS + 6, np.float32)})
+    assert [[len(call.rows) for call in engine.calls] for engine in runner.engines] == [[MAX_ROWS, MAX_ROWS, 6]] * 2
 
 
 def test_temperatures_reach_their_segments() -> None:
