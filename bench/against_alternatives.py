@@ -175,7 +175,8 @@ def table(result: dict[str, Any], threads: str) -> list[str]:
     found = result["threads"][threads]
     slowest = found[UNCUT]["batch_1"]["mean_ms"]
     lines = [
-        f"{threads} threads, {result['rows']} rows, policy: {result['policy']['from']}, mean depth {result['mean_depth']}",
+        f"{threads} threads, {result['rows']} rows, policy {result['policy']['from']}, "
+        f"mean depth {result['mean_depth']}",
         "",
         "| | leaves | accuracy | mean ms | p50 | p95 | p99 | jitter | speedup | in a row, p50 | rows/s at 8 | at 32 |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",

@@ -1,7 +1,7 @@
 """Everything that a user could run instead of offramp's runner, opened on the same weights, and a check of each.
 
-Which alternative decides how is said in `Alternative.rule`. Nothing is timed here: `check` is to be called first, and it
-refuses an alternative whose predictions or exits are not those of the policy.
+Which alternative decides how is said in `Alternative.rule`. Nothing is timed here: `check` is to be called first, and
+it refuses an alternative whose predictions or exits are not those of the policy.
 """
 
 from __future__ import annotations

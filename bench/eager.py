@@ -1,7 +1,8 @@
 """The same weights in PyTorch, as early exits are usually run: eagerly, the decision in Python, one .item() an exit.
 
-`row_by_row` answers every row alone; `leave_together` runs the batch until every row is sure at the same exit, which is
-what the published code of EAT and earlyon's batched mode do. `uncut` has no exits; `compiled` is that under torch.compile.
+`row_by_row` answers every row alone; `leave_together` runs the batch until every row is sure at the same exit, which
+is what the published code of EAT and earlyon's batched mode do. `uncut` has no exits; `compiled` is that under
+torch.compile.
 """
 
 from __future__ import annotations

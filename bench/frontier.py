@@ -6,6 +6,7 @@ point. Drawn so that it reads in greyscale: the curves by their markers and line
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -25,7 +26,20 @@ from offramp.tuning.replay import accuracy, mean_depth, replay
 CURVES = {"fp32": OFFRAMP, "int8": INT8}
 _MARKERS = {OFFRAMP: ("o", "-", "black"), INT8: ("s", "--", "dimgrey")}
 # Where a label may stand beside its point, in points; the first place where it covers nothing is taken.
-_PLACES = [(7, 5), (7, -12), (-7, 5), (-7, -12), (9, -3), (-9, -3), (0, 12), (0, -18), (12, 20), (-12, 20), (12, -28), (-12, -28)]
+_PLACES = [
+    (7, 5),
+    (7, -12),
+    (-7, 5),
+    (-7, -12),
+    (9, -3),
+    (-9, -3),
+    (0, 12),
+    (0, -18),
+    (12, 20),
+    (-12, 20),
+    (12, -28),
+    (-12, -28),
+]
 
 
 class Point(NamedTuple):
@@ -40,7 +54,7 @@ class Point(NamedTuple):
 
 def record(subject: Subject, dataset: Dataset, precision: str = "fp32") -> Trace:
     """What every exit says about the rows of `dataset`."""
-    with Runner.open(subject.bundle, "onnxruntime", Policy.full_depth(), precision=precision) as runner:
+    with Runner.open(subject.bundle, "onnxruntime", Policy.full_depth(), 1, precision) as runner:
         return runner.record(dataset.batches, dataset.labels)
 
 
@@ -71,7 +85,7 @@ def measure_frontier(
 def accuracy_at(points: Sequence[Point], curve: str, mean_ms: float) -> float | None:
     """The accuracy of `curve` where it takes `mean_ms`, between its points; None outside of it."""
     ordered = sorted((point.mean_ms, point.accuracy) for point in points if point.name == curve)
-    for (left, low), (right, high) in zip(ordered, ordered[1:], strict=False):
+    for (left, low), (right, high) in itertools.pairwise(ordered):
         if left <= mean_ms <= right:
             return low + (high - low) * (mean_ms - left) / max(right - left, 1e-9)
     return None
@@ -127,7 +141,7 @@ def _drawn_pixels(axes: Any, points: Sequence[Point]) -> Any:
     at = [axes.transData.transform([(point.mean_ms, point.accuracy) for point in points])]
     for curve in CURVES.values():
         bends = sorted((point.mean_ms, point.accuracy) for point in points if point.name == curve)
-        for ends in zip(bends, bends[1:], strict=False):
+        for ends in itertools.pairwise(bends):
             at.append(np.linspace(*axes.transData.transform(ends), 40))
     return np.concatenate(at)
 
@@ -154,7 +168,9 @@ def _place_labels(figure: Any, axes: Any, points: Sequence[Point]) -> None:
             )
             box = label.get_window_extent(renderer).padded(2)
             inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1
-            hits = sum(box.contains(x, y) for x, y in at) + sum(box.overlaps(other) for other in taken) + 9 * (not inside)
+            hits = (
+                sum(box.contains(x, y) for x, y in at) + sum(box.overlaps(other) for other in taken) + 9 * (not inside)
+            )
             if best is None or hits < best[0]:
                 if best is not None:
                     best[1].remove()

@@ -1,7 +1,8 @@
 """One ONNX graph that decides for itself: after every open exit an If, whose else branch is the rest of the model.
 
 What a user gets who puts the policy into the graph (torch.cond exports to the same): no runtime is needed, but the
-thresholds are constants, and an If takes one branch for the whole batch. So a batch leaves when its least sure row is sure.
+thresholds are constants, and an If takes one branch for the whole batch. So a batch leaves when its least sure row is
+sure.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ def if_graph(whole: ModelProto, exits: Sequence[str], num_classes: int, policy: 
         _place_constants(body, view, stages, depth)
         if depth < len(stops) - 1:
             leave = _answer(exits[k], k, num_classes, f"leave_{k}")
-            condition = _add_condition(body, exits[k], k, policy, len(exits), num_classes, view.opset)
+            head = score_head(num_classes, view.opset)
+            inverse = policy.inverse_temperatures(len(exits))[k]
+            condition = _add_condition(body, exits[k], k, policy, inverse, head)
             branch = helper.make_node(
                 "If", [condition], [f"{LOGITS}_{depth}", f"{EXIT_INDEX}_{depth}"], then_branch=leave, else_branch=graph
             )
@@ -87,10 +90,18 @@ def _place_constants(body: GraphProto, view: GraphView, stages: list[list[int]],
 
 
 def _add_condition(
-    body: GraphProto, logits: str, exit_index: int, policy: Policy, num_exits: int, num_classes: int, opset: int
+    body: GraphProto,
+    logits: str,
+    exit_index: int,
+    policy: Policy,
+    inverse_temperature: np.float32,
+    head: tuple[list[NodeProto], list[TensorProto]],
 ) -> str:
-    """Add the score of exit `exit_index` and its comparison to `body`; the name of the result, one boolean."""
-    nodes, constants = score_head(num_classes, opset)
+    """Add the score of exit `exit_index` and its comparison to `body`; the name of the result, one boolean.
+
+    `head` makes all scores from logits; what the policy's score does not need of it is left out.
+    """
+    nodes, constants = head
     score = f"{PREFIX}{policy.score}"
     kept = _needed_for(nodes, score)
     names = {name for node in nodes for name in (*node.input, *node.output)} | {tensor.name for tensor in constants}
@@ -99,14 +110,11 @@ def _add_condition(
     for tensor in constants:
         tensor.name = own[tensor.name]
     body.initializer.extend(constants)
-    inverse = policy.inverse_temperatures(num_exits)[exit_index]
     limit = np.float32(policy.limits[exit_index])
     limit_name, least, condition = (f"exit_{exit_index}/{name}" for name in ("limit", "least_sure", "leaves"))
-    for name, value in ((own[INVERSE_TEMPERATURE], inverse), (limit_name, limit)):
+    for name, value in ((own[INVERSE_TEMPERATURE], inverse_temperature), (limit_name, limit)):
         body.initializer.append(numpy_helper.from_array(np.asarray(value), name))
-    over_rows, compare = (
-        ("ReduceMax", "LessOrEqual") if policy.score == "entropy" else ("ReduceMin", "GreaterOrEqual")
-    )
+    over_rows, compare = ("ReduceMax", "LessOrEqual") if policy.score == "entropy" else ("ReduceMin", "GreaterOrEqual")
     body.node.append(helper.make_node(over_rows, [own[score]], [least], keepdims=0))
     body.node.append(helper.make_node(compare, [least, limit_name], [condition]))
     return condition

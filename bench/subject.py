@@ -31,7 +31,7 @@ class Subject:
 
     name: str
     bundle: Path
-    model: Any  # offramp.models.encoder.EarlyExitEncoder in eval mode
+    model: Any  # offramp.models.encoder.EarlyExitEncoder in eval mode, or None
     static_bundle: Path | None  # a smaller model, trained on its own, without exits
     validation: Dataset  # thresholds are chosen here
     test: Dataset  # and judged here
@@ -64,14 +64,17 @@ def batch_of(rows: Sequence[Inputs]) -> Inputs:
     }
 
 
-def demo_subject(bundle: Path, checkpoint: Path, static_bundle: Path) -> Subject:
-    """The model of `make demo` and Rotten Tomatoes."""
+def demo_subject(bundle: Path, checkpoint: Path | None = None, static_bundle: Path | None = None) -> Subject:
+    """The model of `make demo` and Rotten Tomatoes; exits where it is not there. Without a checkpoint, no torch."""
     from offramp.models.checkpoint import load_checkpoint
 
+    for path in (bundle, checkpoint):
+        if path and not path.is_dir():
+            raise SystemExit(f"{path} is not there; run `make demo`, or name another one; --quick needs none")
     with Runner.open(bundle, "onnxruntime") as runner:
         validation, test = (load_dataset(runner, ROTTEN_TOMATOES, split) for split in ("validation", "test"))
-    model = load_checkpoint(checkpoint).model
-    static = static_bundle if static_bundle.is_dir() else None
+    model = load_checkpoint(checkpoint).model if checkpoint else None
+    static = static_bundle if static_bundle and static_bundle.is_dir() else None
     return Subject("MiniLM-L6", bundle, model, static, validation, test, (0.0, 0.0025, 0.005, 0.01, 0.02))
 
 
