@@ -48,6 +48,7 @@ from alternatives import (
 )
 from frontier import Point, accuracy_at, draw_frontier, measure_frontier, record
 from machine import describe_machine
+from poisson import measure_poisson
 from subject import DEMO, Subject, demo_subject, tiny_subject
 from timed import progress, time_requests
 
@@ -97,6 +98,8 @@ def measure(subject: Subject, plan: Plan) -> dict[str, Any]:
                 points = measure_frontier(subject, opened, alone, threads, plan.seconds)
     result["frontier"] = [point._asdict() for point in points]
     result["worst_case"] = [worst_case(subject, test, threads, plan.seconds) for threads in plan.threads]
+    result["poisson"] = measure_poisson(subject, policy, plan.threads[-1], plan.seconds)
+    result["did_not_run"] |= result["poisson"].pop("did_not_run", {})
     result["claims"] = claims(result, points)
     return result
 
