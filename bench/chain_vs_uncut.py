@@ -44,7 +44,7 @@ from offramp.models.data import default_encoder_path
 from offramp.models.encoder import EarlyExitEncoder, EncoderConfig, encoder_from_pretrained
 from offramp.policy import Policy
 from offramp.runtime import Runner
-from offramp.runtime.onnxruntime_engine import _session_options, open_session  # compared things are opened alike
+from offramp.runtime.onnxruntime_engine import open_session
 from offramp.runtime.timing import interleaved_ms
 
 CUTS = ((2, 4, 6), (1, 2, 3, 4, 5, 6))  # exits after these layers
@@ -108,11 +108,6 @@ def uncut_from_whole(whole: ModelProto) -> ModelProto:
     return uncut
 
 
-def open_usual(content: bytes, threads: int) -> onnxruntime.InferenceSession:
-    """A session with all of ONNX Runtime's optimisations, and the threads and spinning of the runtime's engine."""
-    return onnxruntime.InferenceSession(content, _session_options(threads), providers=["CPUExecutionProvider"])
-
-
 def bare_chain(bundle: Path, manifest: Manifest, threads: int) -> Callable[[Inputs], np.ndarray]:
     """The segments' sessions in a plain loop: what is left of the chain when the runner is taken away."""
     one = np.array(1, np.float32)
@@ -139,7 +134,8 @@ def bare_chain(bundle: Path, manifest: Manifest, threads: int) -> Callable[[Inpu
 def measure_opening(bundle: Path, threads: int, openings: int, quick: bool) -> list[dict[str, float]]:
     """Medians in milliseconds for every case, with sessions opened for this call."""
     content = uncut_from_whole(onnx.load(reference_path(bundle) / "whole.onnx")).SerializeToString()
-    uncut, tuned = open_usual(content, threads), open_session(content, threads, "the uncut model")
+    uncut = open_session(content, threads, "the uncut model", left_out=())
+    tuned = open_session(content, threads, "the uncut model")
     manifest = load_manifest(bundle)
     bare = bare_chain(bundle, manifest, threads)
     leave_first = Policy.thresholds("max_prob", [0.0] + [None] * (len(manifest.segments) - 2))

@@ -59,7 +59,7 @@ def measure(bundle: Path, threads: int, seconds: float, clock: Clock) -> list[di
     """Medians in milliseconds, ratios to the uncut model and the error of INT8, for every case."""
     manifest = load_manifest(bundle)
     whole = uncut_model(load_reference(bundle, manifest), manifest.exits[-1].name).SerializeToString()
-    uncut = open_session(whole, threads, "uncut")
+    uncut = open_session(whole, threads, "uncut", left_out=())
     plain = open_usual(whole, threads)
     found = []
     with (

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from offramp.bundle import load_manifest
-from offramp.commands.benchmark import Measured, compare, runner_answer, uncut_answer
+from offramp.commands.benchmark import compare, runner_answer, uncut_answer
 from offramp.commands.dataset import ROTTEN_TOMATOES, load_dataset
 from offramp.runtime import Runner
 from offramp.tuning.replay import accuracy, exit_shares, mean_depth, replay
@@ -114,10 +114,10 @@ def show(result: Mapping[str, Any]) -> None:
         exits.add_row(f"{k} (after {layers} layers)", f"{found['accuracy']:.3f}", f"{found['share']:.1%}")
     models = Table("model", "accuracy", "p50 ms", "p95 ms", "mean ms", "speedup p50", "speedup mean")
     for name in ("uncut", "offramp", "static"):
-        found = Measured(**{key: result[name][key] for key in ("mean_ms", "p50_ms", "p95_ms", "accuracy")})
-        speedup = result["uncut"]["p50_ms"] / found.p50_ms, result["uncut"]["mean_ms"] / found.mean_ms
-        times = (f"{value:.2f}" for value in (found.p50_ms, found.p95_ms, found.mean_ms))
-        models.add_row(name, f"{found.accuracy:.3f}", *times, *(f"{value:.2f}x" for value in speedup))
+        found, keys = result[name], ("p50_ms", "p95_ms", "mean_ms")
+        speedup = (result["uncut"][key] / found[key] for key in ("p50_ms", "mean_ms"))
+        times = (f"{found[key]:.2f}" for key in keys)
+        models.add_row(name, f"{found['accuracy']:.3f}", *times, *(f"{value:.2f}x" for value in speedup))
     console = Console(width=100)
     console.print(exits)
     console.print(models)

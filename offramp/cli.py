@@ -42,7 +42,7 @@ BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
 JSON = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout instead of text.")
 BACKEND = click.option("--backend", default="auto", show_default=True, help="What runs the segments.")
 PRECISION = click.option(
-    "--precision", default="fp32", show_default=True, help="Which graphs run: fp32, or int8 or fp16 if exported."
+    "--precision", default="auto", show_default=True, help="Which graphs run: fp32, or int8 or fp16 if exported."
 )
 THREADS = click.option("--threads", default=0, show_default="the backend's choice", help="Threads per segment.")
 DATA = click.option(
@@ -281,22 +281,25 @@ def run(bundle: Path, data: str, policy_path: Path | None, full_depth: bool, bat
 @main.command()
 @BUNDLE
 @DATA
-@click.option("--requests", default=300, show_default=True, type=click.IntRange(min=1), help="Requests to time.")
+@click.option("--requests", default=300, show_default=True, type=click.IntRange(min=1), help="Rows to time, per size.")
+@click.option("--batch-sizes", default="1,8,32", show_default=True, help="Rows per request.")
 @BACKEND
 @PRECISION
 @THREADS
 @JSON
-def bench(bundle: Path, data: str, requests: int, as_json: bool, **options: Any) -> None:
-    """Time the bundle against the uncut model and its own full depth, one row per request, interleaved."""
-    from offramp.commands.benchmark import bench_bundle
+def bench(bundle: Path, data: str, requests: int, batch_sizes: str, as_json: bool, **options: Any) -> None:
+    """Time the bundle against the uncut model, that model cut off at each exit, and its own full depth, interleaved."""
+    from rich.console import Console
 
-    measured = bench_bundle(bundle, data, requests, **options)
-    lines = [
-        f"{name:<12} p50 {found.p50_ms:7.2f} ms  p95 {found.p95_ms:7.2f} ms  mean {found.mean_ms:7.2f} ms"
-        + (f"  accuracy {found.accuracy:.3f}" if found.accuracy is not None else "")
-        for name, found in measured.items()
-    ]
-    _print(as_json, {name: dataclasses.asdict(found) for name, found in measured.items()}, lines)
+    from offramp.commands.benchmark import BenchOptions, bench_bundle, tables_from_measured
+
+    sizes = _whole_numbers(batch_sizes, "--batch-sizes")
+    measured = bench_bundle(bundle, data, BenchOptions(requests, sizes, **options), _steps(True))
+    if as_json:
+        figures = {name: {size: dataclasses.asdict(m) for size, m in by.items()} for name, by in measured.items()}
+        _print(True, figures, [])
+    else:
+        Console(width=110).print(*tables_from_measured(measured), sep="\n")
 
 
 @main.command()
@@ -350,6 +353,14 @@ def _steps(shown: bool) -> Callable[[str], None]:
 def _names(text: str) -> tuple[str, ...]:
     """Names from a comma-separated list."""
     return tuple(name.strip() for name in text.split(",") if name.strip())
+
+
+def _whole_numbers(text: str, option: str) -> tuple[int, ...]:
+    """Positive whole numbers from a comma-separated list."""
+    names = _names(text)
+    if not names or not all(name.isdecimal() and int(name) for name in names):
+        raise OptionError(f"{option}: got {text!r}, expected positive whole numbers such as 1,8,32")
+    return tuple(int(name) for name in names)
 
 
 def _picked(options: dict[str, Any], *names: str) -> dict[str, Any]:

@@ -12,10 +12,13 @@ import pytest
 
 BENCH = Path(__file__).parents[1] / "bench"
 SCRIPTS = {
+    "against_alternatives": ["--quick"],
+    "against_earlyon": ["--quick"],  # one line that says so where earlyon is not installed
     "chain_vs_uncut": ["--quick"],
     "cut_costs": ["--quick"],
     "int8": ["--quick"],
     "pool": ["--quick"],
+    "ideal": ["--quick"],
     "runner_overhead": ["--quick"],
     "trimming": ["--quick"],
     "tensorrt_latency": ["--quick"],
@@ -24,7 +27,7 @@ SCRIPTS = {
 
 def run_script(name: str) -> dict[str, Any]:
     command = [sys.executable, BENCH / f"{name}.py", *SCRIPTS[name]]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     assert isinstance(summary, dict)

@@ -82,10 +82,44 @@ def test_calibrate_run_and_bench(bundle: Path, data: Path, tmp_path: Path) -> No
     assert lines[0].keys() == {"prediction", "exit_index", "score", "reason"}
     closed = [json.loads(line) for line in offramp("run", bundle, data, "--full-depth").stdout.splitlines()]
     assert {line["exit_index"] for line in closed} == {2}
-    measured = answer_of("bench", bundle, "--data", data, "--requests", "3", "--json")
-    assert measured.keys() == {"uncut", "full depth", "offramp"}
-    assert all(found["p50_ms"] > 0 for found in measured.values())
-    assert measured["uncut"]["accuracy"] == measured["full depth"]["accuracy"]
+
+
+def test_bench_times_every_alternative_at_every_size(bundle: Path, data: Path) -> None:
+    arguments = ("bench", bundle, "--data", data, "--requests", "6", "--batch-sizes", "1,6")
+    measured = answer_of(*arguments, "--precision", "fp16", "--json")
+    assert measured.keys() == {"uncut", "cut at exit 0", "cut at exit 1", "full depth", "offramp"}
+    for sizes in measured.values():
+        assert sizes.keys() == {"1", "6"}
+        assert all(0 < found["p50_ms"] <= found["p99_ms"] for found in sizes.values())
+        assert sizes["1"]["accuracy"] == sizes["6"]["accuracy"]
+    shown = offramp(*arguments)
+    assert "6 rows a request" in shown.stdout
+    assert "timing 5 alternatives on requests of 6" in shown.stderr
+    accuracy = {name: sizes["1"]["accuracy"] for name, sizes in measured.items()}
+    assert accuracy["uncut"] == accuracy["full depth"] == accuracy["offramp"]  # the policy of an export is full depth
+
+
+def test_bench_asks_as_many_rows_at_once_as_it_was_told(
+    bundle: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from offramp.commands import benchmark
+
+    asked: list[int] = []
+
+    def timed(callables: Any, repetitions: int, warmup: int) -> Any:
+        for call in callables.values():
+            call()
+        return {name: np.full(repetitions, 2.0) for name in callables}
+
+    def watched(runner: Any) -> Any:
+        return lambda inputs: asked.append(len(inputs["features"])) or runner.run(inputs).prediction
+
+    monkeypatch.setattr(benchmark, "interleaved_ms", timed)
+    monkeypatch.setattr(benchmark, "runner_answer", watched)
+    options = benchmark.BenchOptions(num_rows=20, batch_sizes=(16,))
+    found = benchmark.bench_bundle(bundle, str(data), options)["offramp"][16]
+    assert found.rows_per_s == 8000
+    assert asked == [16, 16, 16, 16, 8, 16, 16, 8]  # timed: full requests only; for accuracy: all 40 rows; two runners
 
 
 def test_int8_runs_where_it_is_asked_for(tmp_path: Path, data: Path) -> None:
@@ -154,6 +188,7 @@ MISTAKES = {
     "bad shapes": (("build-engine", "{bundle}", "--opt-shapes", "nothing:1x2"), 2, "nothing"),
     "data of no kind": (("calibrate", "{bundle}", "--data", "data.npz"), 2, "data.npz"),
     "no tokenizer": (("run", "{bundle}"), 1, "no tokenizer"),
+    "batch sizes of nothing": (("bench", "{bundle}", "--batch-sizes", "8,0"), 2, "such as 1,8,32"),
     "unknown backend": (("run", "{bundle}", "--backend", "abacus"), 2, "abacus"),
 }
 

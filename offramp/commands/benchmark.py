@@ -1,18 +1,20 @@
-"""Measure a bundle against its alternatives, request by request, one row at a time, as a gateway would ask."""
+"""Measure a bundle against its alternatives, request by request, as a gateway would ask."""
 
 from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+from onnx import ModelProto
 
 from offramp.bundle import Manifest
 from offramp.commands.dataset import Inputs, load_dataset
 from offramp.commands.uncut import load_reference, uncut_model
+from offramp.errors import OptionError
 from offramp.export.export_bundle import reference_path
 from offramp.policy import Policy
 from offramp.runtime import Runner
@@ -20,74 +22,142 @@ from offramp.runtime.onnxruntime_engine import open_session
 from offramp.runtime.timing import interleaved_ms, summary
 from offramp.trace import UNKNOWN
 
-Answer = Callable[[Inputs], int]  # one row in, its class out
-_WARMUP = 20
+Answer = Callable[[Inputs], NDArray[np.int64]]  # inputs of N rows -> their classes (N,)
+_WARMUP_ROWS = 20
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One alternative: time per request, and accuracy over the requests with a label (None without)."""
+    """One alternative: time per request, and accuracy over the rows with a label (None without)."""
 
     mean_ms: float
     p50_ms: float
     p95_ms: float
+    p99_ms: float
+    jitter_ms: float  # p99 - p50
+    rows_per_s: float
     accuracy: float | None
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What to time: `num_rows` rows for every size of request. Raises OptionError for numbers that are not positive."""
+
+    num_rows: int = 300
+    batch_sizes: tuple[int, ...] = (1, 8, 32)
+    backend: str = "auto"
+    threads: int = 0
+    precision: str = "auto"
+
+    def __post_init__(self) -> None:
+        if not self.batch_sizes or min(self.num_rows, *self.batch_sizes) < 1:
+            raise OptionError(
+                f"bench: got {self.num_rows} rows and batch sizes {self.batch_sizes}, expected positive numbers"
+            )
+
+
+def bench_bundle(
+    bundle: Path, data: str, options: BenchOptions, progress: Callable[[str], None] = lambda _: None
+) -> dict[str, dict[int, Measured]]:
+    """Time `bundle` under its policy, at full depth, and, where its reference is there, uncut and cut at each exit.
+
+    Alternative -> rows per request -> figures. The reference is in FP32 whatever the precision. Raises what opening
+    the bundle and reading the data raise.
+    """
+    opening = options.threads, options.precision
+    with (
+        Runner.open(bundle, options.backend, None, *opening) as runner,
+        Runner.open(bundle, runner.backend, Policy.full_depth(), *opening) as full_depth,
+    ):
+        dataset = load_dataset(runner, data, "test")
+        alternatives: dict[str, Answer] = {}
+        if reference_path(bundle).is_dir():
+            alternatives |= reference_answers(bundle, runner.manifest, options.threads)
+        alternatives |= {"full depth": runner_answer(full_depth), "offramp": runner_answer(runner)}
+        measured: dict[str, dict[int, Measured]] = {name: {} for name in alternatives}
+        labels = dataset.labels
+        for size in options.batch_sizes:
+            progress(f"timing {len(alternatives)} alternatives on requests of {size}")
+            requests = load_dataset(runner, data, "test", size).batches
+            found = compare(alternatives, requests, labels, -(-options.num_rows // size))
+            for name, figures in found.items():
+                first = next(iter(measured[name].values()), figures)
+                measured[name][size] = replace(figures, accuracy=first.accuracy)
+            labels = np.full_like(labels, UNKNOWN)  # a row's answer does not depend on its batch: one time is enough
+        return measured
 
 
 def compare(
     alternatives: Mapping[str, Answer], requests: Sequence[Inputs], labels: NDArray[np.int64], num_requests: int
 ) -> dict[str, Measured]:
-    """Time all alternatives on the same `num_requests` requests, interleaved; all requests count for accuracy."""
-    answers = {name: np.full(len(requests), UNKNOWN) for name in alternatives}
-    asking = {name: _asking(answer, requests, answers[name]) for name, answer in alternatives.items()}
-    times_ms = interleaved_ms(asking, num_requests, _WARMUP)
+    """Time all alternatives on the same `num_requests` requests, interleaved; all requests count for accuracy.
+
+    `labels` has one entry per row of `requests`, in their order. Requests of another size than the first are not timed.
+    """
+    sizes = [len(next(iter(inputs.values()))) for inputs in requests]
+    timed = [inputs for inputs, size in zip(requests, sizes, strict=True) if size == sizes[0]]
+    asking = {name: _asking(answer, timed) for name, answer in alternatives.items()}
+    times_ms = interleaved_ms(asking, num_requests, -(-_WARMUP_ROWS // sizes[0]))
     known = labels != UNKNOWN
     measured = {}
     for name, answer in alternatives.items():
-        for row in np.flatnonzero(known & (answers[name] == UNKNOWN)).tolist():
-            answers[name][row] = answer(requests[row])
-        accuracy = float((answers[name] == labels)[known].mean()) if known.any() else None
-        measured[name] = Measured(**summary(times_ms[name]), accuracy=accuracy)
+        accuracy = None
+        if known.any():
+            answers = np.concatenate([answer(inputs) for inputs in requests])
+            accuracy = float((answers == labels)[known].mean())
+        rows_per_s = 1e3 * sizes[0] / float(times_ms[name].mean())
+        measured[name] = Measured(**summary(times_ms[name]), rows_per_s=rows_per_s, accuracy=accuracy)
     return measured
 
 
-def _asking(answer: Answer, requests: Sequence[Inputs], answers: NDArray[np.int64]) -> Callable[[], None]:
-    """A function that asks the next request, from the first again after the last, and keeps the answer."""
-    positions = itertools.cycle(range(len(requests)))
+def _asking(answer: Answer, requests: Sequence[Inputs]) -> Callable[[], None]:
+    """A function that asks the next request, from the first again after the last."""
+    coming = itertools.cycle(requests)
 
     def ask() -> None:
-        row = next(positions)
-        answers[row] = answer(requests[row])
+        answer(next(coming))
 
     return ask
 
 
-def bench_bundle(
-    bundle: Path, data: str, num_requests: int, backend: str, precision: str, threads: int
-) -> dict[str, Measured]:
-    """Time `bundle` under its policy, at full depth, and, where its reference is there, uncut, which is in FP32 always.
-
-    Raises what opening the bundle and reading the data raise.
-    """
-    with (
-        Runner.open(bundle, backend, threads=threads, precision=precision) as runner,
-        Runner.open(bundle, runner.backend, Policy.full_depth(), threads, precision) as full_depth,
-    ):
-        dataset = load_dataset(runner, data, "test")
-        alternatives: dict[str, Answer] = {}
-        if reference_path(bundle).is_dir():
-            alternatives["uncut"] = uncut_answer(bundle, runner.manifest, threads)
-        alternatives |= {"full depth": runner_answer(full_depth), "offramp": runner_answer(runner)}
-        return compare(alternatives, dataset.rows(), dataset.labels, num_requests)
-
-
 def runner_answer(runner: Runner) -> Answer:
-    return lambda inputs: int(runner.run(inputs).prediction[0])
+    return lambda inputs: runner.run(inputs).prediction
 
 
 def uncut_answer(bundle: Path, manifest: Manifest, threads: int) -> Answer:
     """The whole model beside `bundle` with its final exit only, in one session with the engines' own settings."""
+    return _session_answer(bundle, load_reference(bundle, manifest), manifest.exits[-1].name, threads)
+
+
+def reference_answers(bundle: Path, manifest: Manifest, threads: int) -> dict[str, Answer]:
+    """The uncut model, and the same weights cut off at each exit before the final one: static models."""
     whole = load_reference(bundle, manifest)
-    model = uncut_model(whole, manifest.exits[-1].name)
-    session = open_session(model.SerializeToString(), threads, str(reference_path(bundle)))
-    return lambda inputs: int(session.run(None, inputs)[0][0].argmax())
+    names = {"uncut": manifest.exits[-1].name}
+    names |= {f"cut at exit {k}": spec.name for k, spec in enumerate(manifest.exits[:-1])}
+    return {name: _session_answer(bundle, whole, output, threads) for name, output in names.items()}
+
+
+def _session_answer(bundle: Path, whole: ModelProto, output: str, threads: int) -> Answer:
+    model = uncut_model(whole, output)
+    # All of ONNX Runtime's optimisations, as who does not use offramp has them; threads as the engines have them.
+    session = open_session(model.SerializeToString(), threads, str(reference_path(bundle)), left_out=())
+    return lambda inputs: np.asarray(session.run(None, inputs)[0]).argmax(axis=1)
+
+
+def tables_from_measured(measured: Mapping[str, Mapping[int, Measured]]) -> list[object]:
+    """One table per size of request, for a rich console."""
+    from rich.table import Table
+
+    tables: list[object] = []
+    for size in next(iter(measured.values()), {}):
+        base = next(iter(measured.values()))[size].mean_ms
+        table = Table(
+            "", "mean ms", "p50", "p95", "p99", "jitter", "rows/s", "speed", "accuracy", title=f"{size} rows a request"
+        )
+        for name, found in ((name, sizes[size]) for name, sizes in measured.items()):
+            times = (found.mean_ms, found.p50_ms, found.p95_ms, found.p99_ms, found.jitter_ms)
+            accuracy = "" if found.accuracy is None else f"{found.accuracy:.3f}"
+            cells = [f"{found.rows_per_s:.0f}", f"{base / found.mean_ms:.2f}x", accuracy]
+            table.add_row(name, *(f"{value:.2f}" for value in times), *cells)
+        tables.append(table)
+    return tables

@@ -143,14 +143,16 @@ def _first(size: int, dimension: str, shape: tuple[Dimension, ...]) -> tuple[sli
     return tuple(slice(size if name == dimension else None) for name in shape)
 
 
-def open_session(content: bytes, threads: int, place: str) -> onnxruntime.InferenceSession:
+def open_session(
+    content: bytes, threads: int, place: str, left_out: Sequence[str] = _DISABLED_OPTIMIZERS
+) -> onnxruntime.InferenceSession:
     """A CPU session for the graph `content`, which came from `place`, as engines use it. Raises BundleError."""
     try:
         return onnxruntime.InferenceSession(
             content,
             _session_options(threads),
             providers=["CPUExecutionProvider"],
-            disabled_optimizers=_DISABLED_OPTIMIZERS,
+            disabled_optimizers=list(left_out),
         )
     except Exception as exc:  # ONNX Runtime's errors have no common base below Exception
         raise BundleError(

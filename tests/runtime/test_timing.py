@@ -73,4 +73,5 @@ def test_nothing_to_time_is_an_option_error(names, repetitions, warmup):
 
 
 def test_summary_by_hand():
-    assert summary(np.arange(1.0, 102.0)) == {"mean_ms": 51.0, "p50_ms": 51.0, "p95_ms": 96.0}
+    expected = {"mean_ms": 51.0, "p50_ms": 51.0, "p95_ms": 96.0, "p99_ms": 100.0, "jitter_ms": 49.0}
+    assert summary(np.arange(1.0, 102.0)) == expected
