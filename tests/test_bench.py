@@ -15,6 +15,7 @@ SCRIPTS = {
     "chain_vs_uncut": ["--quick"],
     "cut_costs": ["--quick"],
     "runner_overhead": ["--quick"],
+    "tensorrt_latency": ["--quick"],
 }
 
 

@@ -195,6 +195,8 @@ def test_doctor_names_what_is_missing_and_the_cure() -> None:
     assert findings["run on onnxruntime"]["works"]
     assert findings["build tensorrt-rtx"]["works"]
     assert findings["build tensorrt"]["works"] or "offramp[tensorrt]" in findings["build tensorrt"]["detail"]
+    assert findings["run on tensorrt-rtx"]["works"] == findings["gpu"]["works"]
+    assert findings["gpu"]["works"] or "run on an NVIDIA GPU" in findings["run on tensorrt-rtx"]["detail"]
 
 
 def test_defaults_of_train_are_those_of_the_recipe() -> None:

@@ -2,12 +2,22 @@
 
 import struct
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from offramp.bundle import PlanRecord, file_record
+from offramp.bundle import DimensionSpec, FileRecord, InputSpec, Manifest, PlanRecord, file_record
 from offramp.errors import PlanError
-from offramp.plan import PlanHeader, check_plan_header, is_same_version, plan_header, plan_obstacle
+from offramp.plan import (
+    PlanHeader,
+    check_plan_header,
+    choose_plans,
+    is_same_version,
+    narrowed,
+    plan_header,
+    plan_obstacle,
+)
+from offramp.runtime.fake import fake_manifest
 
 # First bytes of a plan that TensorRT-RTX 1.7.1.116 wrote.
 REAL = bytes.fromhex("76747274000000000200000000000000a47e1300000000000107017476747274")
@@ -114,3 +124,55 @@ def test_plans_that_run_here(changes: dict, version: str, sm: str):
 )
 def test_plans_that_cannot_run_here(changes: dict, version: str, sm: str, said: str):
     assert said in plan_obstacle(record(**changes), version, sm)
+
+
+def manifest_with(*plans_by_segment: tuple[PlanRecord, ...]) -> Manifest:
+    """A manifest of as many segments, with these plans."""
+    manifest = fake_manifest(
+        len(plans_by_segment), 2, (InputSpec("x", "float32", ("rows", "width"), None, None, False),)
+    )
+    segments = tuple(replace(s, plans=plans) for s, plans in zip(manifest.segments, plans_by_segment, strict=True))
+    return replace(
+        manifest, segments=segments, dimensions={"rows": DimensionSpec(1, 64), "width": DimensionSpec(2, 512)}
+    )
+
+
+def profiled(precision: str, rows: int, width: int, **changes: Any) -> PlanRecord:
+    """A plan that runs here on up to (rows, width)."""
+    record = PlanRecord(FileRecord("p", 1, ""), "k", "tensorrt", precision, "11.4.0.1", ("8.6",), {}, 0.0, 0.0)
+    return replace(record, profile={"x": ((1, 4), (1, 8), (rows, width))}, **changes)
+
+
+def test_the_plan_that_reaches_furthest_is_chosen_of_equals_the_last() -> None:
+    small, large = profiled("fp16", 8, 16), profiled("fp16", 8, 64)
+    newer = replace(large, key="newer")
+    foreign = profiled("fp16", 64, 512, targets=("9.0",))
+    manifest = manifest_with((small, large, newer, foreign))
+    assert choose_plans(manifest, "tensorrt", "auto", "11.4.0.1", "8.6") == (newer,)
+    assert choose_plans(manifest, "tensorrt", "auto", "11.4.0.1", "9.0") == (foreign,)
+
+
+def test_all_segments_get_one_precision() -> None:
+    half, single = profiled("fp16", 8, 16), profiled("fp32", 8, 16)
+    assert choose_plans(manifest_with((half, single), (half, single)), "tensorrt", "auto", "11.4.0.1", "8.6") == (
+        half,
+        half,
+    )
+    mixed = manifest_with((half, single), (single,))
+    assert choose_plans(mixed, "tensorrt", "auto", "11.4.0.1", "8.6") == (single, single)
+    with pytest.raises(PlanError, match=r"segment 1: there is no fp16 plan .*--backend tensorrt --precision fp16"):
+        choose_plans(mixed, "tensorrt", "fp16", "11.4.0.1", "8.6")
+
+
+def test_a_plan_that_is_there_but_does_not_run_is_spoken_of_first() -> None:
+    with pytest.raises(PlanError, match=r"segment 0: plan was built by TensorRT 11.4.0.1 for SM 8.6, .* SM 9.0"):
+        choose_plans(manifest_with((profiled("fp32", 8, 16),)), "tensorrt", "auto", "11.4.0.1", "9.0")
+
+
+def test_the_dimensions_are_what_all_plans_can_run() -> None:
+    plan = profiled("fp16", 8, 300)
+    fitted = narrowed(manifest_with((plan,)), (plan,))
+    assert fitted.dimensions == {"rows": DimensionSpec(1, 8), "width": DimensionSpec(4, 300)}
+    beyond = replace(plan, profile={"x": ((1, 600), (1, 600), (8, 600))})
+    with pytest.raises(PlanError, match="no size of width in common"):
+        narrowed(manifest_with((beyond,)), (beyond,))

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny
+from faked import Faked
 
 from offramp.bundle import load_manifest
 from offramp.errors import BackendError
-from offramp.runtime import Engine, FakeEngine
+from offramp.runtime import Engine, FakeEngine, TensorRtOptions
 from offramp.runtime.fake import scores_from_logits
 from offramp.runtime.onnxruntime_engine import open_onnxruntime_engines
 
@@ -32,7 +33,16 @@ def onnxruntime_chain(bundle: Path) -> list[Engine]:
     return list(open_onnxruntime_engines(bundle, load_manifest(bundle), "fp32", threads=1))
 
 
-CHAINS: dict[str, Callable[[Path], list[Engine]]] = {"fake": fake_chain, "onnxruntime": onnxruntime_chain}
+def tensorrt_chain(bundle: Path, *, speculate: bool = False) -> list[Engine]:
+    return list(Faked(bundle, TensorRtOptions(speculate=speculate)).chain.engines)
+
+
+CHAINS: dict[str, Callable[[Path], list[Engine]]] = {
+    "fake": fake_chain,
+    "onnxruntime": onnxruntime_chain,
+    "tensorrt on a fake device": tensorrt_chain,
+    "the same, speculating": partial(tensorrt_chain, speculate=True),
+}
 
 
 @pytest.fixture(params=CHAINS)

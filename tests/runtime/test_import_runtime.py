@@ -7,12 +7,23 @@ import sys
 
 import pytest
 
-FORBIDDEN = {"torch", "onnx", "onnxruntime", "tensorrt", "tensorrt_rtx", "tokenizers", "rich", "transformers"}
+# "bindings" is cuda.bindings
+FORBIDDEN = {
+    "bindings",
+    "torch",
+    "onnx",
+    "onnxruntime",
+    "tensorrt",
+    "tensorrt_rtx",
+    "tokenizers",
+    "rich",
+    "transformers",
+}
 
 
 def modules_after(statements: str) -> set[str]:
-    """Top-level modules in a fresh interpreter after `statements`."""
-    code = f"{statements}\nimport sys\nprint(*{{name.partition('.')[0] for name in sys.modules}})"
+    """Packages in a fresh interpreter after `statements`; of cuda, which cuda-bindings always loads, what is below."""
+    code = f"{statements}\nimport sys\nprint(*{{name.removeprefix('cuda.').partition('.')[0] for name in sys.modules}})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return set(done.stdout.split())
 
@@ -30,6 +41,12 @@ def test_the_package_itself_imports_nothing_heavy() -> None:
 def test_the_onnxruntime_engine_imports_onnxruntime_and_no_more() -> None:
     found = modules_after("import offramp.runtime.onnxruntime_engine") & FORBIDDEN
     assert found == {"onnxruntime"}
+
+
+def test_only_the_door_to_cuda_imports_it() -> None:
+    engine = "import offramp.runtime.tensorrt.engine, offramp.runtime.tensorrt.fake_plan"
+    assert modules_after(engine).isdisjoint(FORBIDDEN)
+    assert modules_after("import offramp.runtime.tensorrt.loaded_plan") & FORBIDDEN == {"bindings"}
 
 
 @pytest.mark.parametrize("module", ["offramp.tuning.calibrate", "offramp.bundle", "offramp.policy", "offramp.trace"])

@@ -94,13 +94,16 @@ def reference_logits(inputs: Inputs, exit_index: int) -> NDArray[np.float32]:
 
 def segment_graph(index: int, precision: str) -> onnx.ModelProto:
     """Segment `index` as ONNX, following the segment contract."""
-    carries = f"float[s, sequence, {WIDTH}] carry_out_0, float[s, 1, sequence] carry_out_1, "
-    outputs = f"float[s, {NUM_CLASSES}] logits, int64[s] prediction, float[s, 3] scores, float inverse_temperature"
+    carries = f"float[rows, sequence, {WIDTH}] carry_out_0, float[rows, 1, sequence] carry_out_1, "
+    outputs = (
+        f"float[rows, {NUM_CLASSES}] logits, int64[rows] prediction, float[rows, 3] scores, float inverse_temperature"
+    )
     if index:
-        inputs = f"int64[s] rows, float[n, sequence, {WIDTH}] carry_in_0, float[n, 1, sequence] carry_in_1"
+        before = f"float[previous_rows, sequence, {WIDTH}] carry_in_0, float[previous_rows, 1, sequence] carry_in_1"
+        inputs = f"int64[rows] rows, {before}"
         start = "before = Gather (carry_in_0, rows) keep = Gather (carry_in_1, rows)"
     else:
-        inputs = "int64[s, sequence] ids, int64[s, sequence] mask"
+        inputs = "int64[rows, sequence] ids, int64[rows, sequence] mask"
         start = "before = Gather (table, ids) flags = Cast <to = 1> (mask) keep = Unsqueeze (flags, axis_1)"
     outputs, temperature = outputs.rsplit(", ", 1)
     is_last = index == NUM_SEGMENTS - 1
