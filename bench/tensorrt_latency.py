@@ -32,6 +32,7 @@ from offramp.runtime.backends import installed_version
 from offramp.runtime.timing import interleaved_ms, summary
 
 BATCHES, LENGTHS = (1, 8, 32), (24, 128)
+EXITS = (2, 4, 6)
 MODES = {
     f"{'graphs' if graphs else 'plain'}{' speculating' if speculate else ''}": TensorRtOptions(graphs, speculate)
     for graphs, speculate in itertools.product((False, True), repeat=2)
@@ -57,7 +58,7 @@ def make_bundle(folder: Path, quick: bool, backend: str) -> Path:
         dynamic={"input_ids": sequence, "attention_mask": sequence},
         ranges={"sequence": (1, max(LENGTHS))},
     )
-    source = source_from_model("encoder", make_encoder(quick), example, DEFAULT_OPSET)
+    source = source_from_model("encoder", make_encoder(EXITS, quick), example, DEFAULT_OPSET)
     export_bundle(source, folder / "bundle", ExportOptions(precision="fp16"))
     build_engines(folder / "bundle", BuildOptions(builder=BuilderOptions(backend=backend)))
     return folder / "bundle"
