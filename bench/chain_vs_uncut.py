@@ -58,7 +58,7 @@ Inputs = dict[str, np.ndarray]
 
 def make_encoder(exits: tuple[int, ...], quick: bool) -> EarlyExitEncoder:
     """The encoder that is measured; with `quick`, one so small that only the script is shown to work."""
-    config = EncoderConfig(exits=exits)
+    config = EncoderConfig(exits=exits, early_pooling="mean")  # the cut is measured, not the heads
     if not quick:
         return encoder_from_pretrained(default_encoder_path(), config)
     torch.manual_seed(0)

@@ -47,6 +47,7 @@ DATA = click.option(
     show_default=True,
     help="A .csv or .jsonl file (text, label), an .npz of inputs and labels, or rotten-tomatoes.",
 )
+POOLING = click.Choice(["window", "mean", "cls"])  # window: a small network over every token and its neighbours
 
 
 @click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -67,9 +68,22 @@ def main() -> None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Checkpoint directory to write.")
 @click.option("--data", default="rotten-tomatoes", show_default=True, help="rotten-tomatoes, or a .csv/.jsonl file.")
 @click.option("--encoder", default="", help="Directory of a pretrained BertModel.  [default: MiniLM-L6]")
-@click.option("--exits", default="2,4,6", show_default=True, help="Exits after these layers; the last one is final.")
-@click.option("--pooling", type=click.Choice(["mean", "cls"]), default="mean", show_default=True)
+@click.option(
+    "--exits",
+    default="0,2,4,6",
+    show_default=True,
+    help="Exits after these layers (0: the embeddings); the last is final.",
+)
+@click.option("--pooling", type=POOLING, default="mean", show_default=True, help="What the final exit reads.")
+@click.option("--early-pooling", type=POOLING, default="window", show_default=True, help="What the other exits read.")
+@click.option("--unlabelled", default="", help="imdb, or a .csv/.jsonl file.  [default: imdb with rotten-tomatoes]")
 @click.option("--epochs", default=2, show_default=True)
+@click.option(
+    "--distil-epochs",
+    default=1,
+    show_default=True,
+    help="Then train the early exits alone, on labelled texts and on what the final exit answers to unlabelled ones.",
+)
 @click.option("--batch-size", default=32, show_default=True)
 @click.option("--encoder-lr", default=1e-4, show_default=True)
 @click.option("--head-lr", default=1e-3, show_default=True)
@@ -79,7 +93,7 @@ def main() -> None:
 @click.option("--resume", is_flag=True, help="Go on with an interrupted run in OUTPUT, with its options.")
 @JSON
 def train(output: Path, resume: bool, as_json: bool, **options: Any) -> None:
-    """Train an encoder classifier with exits, all exits together (joint weighted loss)."""
+    """Train an encoder classifier with exits: all exits together (joint weighted loss), then the early ones alone."""
     # Read when torch is imported: spinning threads cost 3 to 6 times the time beside any other work (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from offramp.commands.training import TrainRequest, train_checkpoint

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from offramp.commands.dataset import ROTTEN_TOMATOES
@@ -13,14 +13,18 @@ from offramp.models.checkpoint import Checkpoint, checkpoint_from_encoder
 from offramp.models.data import (
     TextSplits,
     default_encoder_path,
+    load_imdb_sentences,
     load_rotten_tomatoes,
     load_texts,
+    load_unlabelled,
     split_texts,
 )
-from offramp.models.encoder import EncoderConfig, Pooling
+from offramp.models.encoder import EncoderConfig
+from offramp.models.heads import Pooling
 from offramp.models.train import TrainOptions, TrainReport, resume_training, train_classifier
 from offramp.storage import write_file
 
+IMDB = "imdb"
 _HOLDOUT = 0.1  # share of a user's file for validation, and again for test
 _CALIBRATION_TEXTS = 256
 
@@ -33,7 +37,10 @@ class TrainRequest:
     encoder: str
     exits: str
     pooling: Pooling
+    early_pooling: Pooling
+    unlabelled: str
     epochs: int
+    distil_epochs: int
     batch_size: int
     encoder_lr: float
     head_lr: float
@@ -53,6 +60,7 @@ def train_checkpoint(output: Path, request: TrainRequest, resume: bool, progress
     else:
         options = TrainOptions(
             epochs=request.epochs,
+            distil_epochs=request.distil_epochs,
             batch_size=request.batch_size,
             encoder_lr=request.encoder_lr,
             head_lr=request.head_lr,
@@ -71,17 +79,27 @@ def train_checkpoint(output: Path, request: TrainRequest, resume: bool, progress
 def load_splits(request: TrainRequest) -> TextSplits:
     """The texts to train on, shared out. Rotten Tomatoes is always shared out the same way."""
     if request.data == ROTTEN_TOMATOES:
-        return load_rotten_tomatoes()
-    texts = load_texts(Path(request.data))
-    held_out = max(1, round(_HOLDOUT * len(texts.examples)))
-    return split_texts(texts, held_out, held_out, request.seed)
+        splits = load_rotten_tomatoes()
+    else:
+        texts = load_texts(Path(request.data))
+        held_out = max(1, round(_HOLDOUT * len(texts.examples)))
+        splits = split_texts(texts, held_out, held_out, request.seed)
+    return replace(splits, unlabelled=_unlabelled_texts(request))
+
+
+def _unlabelled_texts(request: TrainRequest) -> tuple[str, ...]:
+    if request.distil_epochs == 0:
+        return ()
+    if request.unlabelled == IMDB or (request.data == ROTTEN_TOMATOES and not request.unlabelled):
+        return load_imdb_sentences()
+    return load_unlabelled(Path(request.unlabelled)) if request.unlabelled else ()
 
 
 def _fresh_checkpoint(request: TrainRequest, splits: TextSplits) -> Checkpoint:
     try:
         exits = tuple(int(layer) for layer in request.exits.split(","))
     except ValueError:
-        raise OptionError(f"--exits: got {request.exits!r}, expected layer numbers such as 2,4,6") from None
-    config = EncoderConfig(exits, len(splits.label_names), request.pooling)
+        raise OptionError(f"--exits: got {request.exits!r}, expected numbers of layers such as 0,2,6") from None
+    config = EncoderConfig(exits, len(splits.label_names), request.pooling, request.early_pooling)
     encoder = Path(request.encoder) if request.encoder else default_encoder_path()
     return checkpoint_from_encoder(encoder, config, splits.label_names, request.max_length, request.seed)

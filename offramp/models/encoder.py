@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
@@ -17,8 +17,7 @@ from transformers.models.bert.modeling_bert import BertEmbeddings
 from transformers.utils import logging as transformers_logging
 
 from offramp.errors import DataError, ModelError, OptionError
-
-Pooling = Literal["mean", "cls"]
+from offramp.models.heads import Pooling, Tokens, exit_head, mean_weights
 
 # Added to the attention scores of padding. Finite, because -inf keeps the mask, the addition and the softmax
 # out of FP16 (executed, ModelOpt AutoCast 0.47) and makes NaN of a row that is all padding; exp(-1e4) is
@@ -30,23 +29,27 @@ MASKED_SCORE = -1e4
 class EncoderConfig:
     """Where the exits are and how they read the hidden state.
 
-    `exits` are 1-based layers in increasing order; layers above the last one are dropped, so `(2,)` is a
-    static model of 2 layers. `dropout` holds for the layers and the exit heads. Raises OptionError.
+    `exits` are numbers of layers in increasing order, 0 being the embeddings; layers above the last one are
+    dropped, so `(2,)` is a static model of 2 layers. `pooling` is what the final exit reads, `early_pooling`
+    what the others do: a linear classifier on the mean or the first token, or a small network over every token
+    and its neighbours ("window"). `dropout` holds for the layers and the exit heads. Raises OptionError.
     """
 
-    exits: tuple[int, ...] = (2, 4, 6)
+    exits: tuple[int, ...] = (0, 2, 4, 6)
     num_classes: int = 2
     pooling: Pooling = "mean"
+    early_pooling: Pooling = "window"
     dropout: float = 0.1  # BERT's own (arXiv 1810.04805, appendix A.2)
 
     def __post_init__(self) -> None:
         increasing = all(low < high for low, high in zip(self.exits, self.exits[1:], strict=False))
-        if not self.exits or self.exits[0] < 1 or not increasing:
-            raise OptionError(f"exits: got {self.exits}, expected layer numbers from 1, increasing, such as (2, 4, 6)")
+        if not self.exits or self.exits[0] < 0 or not increasing:
+            raise OptionError(f"exits: got {self.exits}, expected numbers of layers, increasing, such as (0, 2, 6)")
         if self.num_classes < 2:
             raise OptionError(f"num_classes: got {self.num_classes}, expected 2 or more")
-        if self.pooling not in get_args(Pooling):
-            raise OptionError(f"pooling: got {self.pooling!r}, expected one of {get_args(Pooling)}")
+        for name in ("pooling", "early_pooling"):
+            if getattr(self, name) not in get_args(Pooling):
+                raise OptionError(f"{name}: got {getattr(self, name)!r}, expected one of {get_args(Pooling)}")
         if not 0.0 <= self.dropout < 1.0:
             raise OptionError(f"dropout: got {self.dropout}, expected a number in [0, 1)")
 
@@ -68,8 +71,9 @@ class EarlyExitEncoder(nn.Module):
         self.bert_config.num_hidden_layers = config.exits[-1]
         self.embeddings = bert.embeddings
         self.layers = nn.ModuleList(list(bert.encoder.layer)[: config.exits[-1]])
+        poolings = [config.early_pooling] * (len(config.exits) - 1) + [config.pooling]
         self.heads = nn.ModuleList(
-            exit_head(self.bert_config.hidden_size, config.num_classes, config.dropout) for _ in config.exits
+            exit_head(self.bert_config.hidden_size, config.num_classes, pooling, config.dropout) for pooling in poolings
         )
         set_dropout(self, config.dropout)
 
@@ -78,14 +82,15 @@ class EarlyExitEncoder(nn.Module):
         dtype = self.embeddings.word_embeddings.weight.dtype
         kept = attention_mask[:, None, :].to(dtype)  # (N, 1, T) in {0, 1}
         score_mask = (1.0 - kept)[:, None] * MASKED_SCORE  # (N, 1, 1, T) in {MASKED_SCORE, 0}
-        token_weights = mean_weights(kept) if self.config.pooling == "mean" else None  # (N, 2, T)
+        tokens = Tokens(kept, mean_weights(kept))
         hidden = embedded(self.embeddings, input_ids)  # (N, T, d)
         logits = []
         heads = iter(self.heads)
-        for depth, layer in enumerate(self.layers, start=1):
-            hidden = layer(hidden, score_mask)  # (N, T, d)
+        for depth in range(len(self.layers) + 1):
+            if depth > 0:
+                hidden = self.layers[depth - 1](hidden, score_mask)  # (N, T, d)
             if depth in self.config.exits:
-                logits.append(next(heads)(pooled(hidden, token_weights)))  # (N, C)
+                logits.append(next(heads)(hidden, tokens))  # (N, C)
         return tuple(logits)
 
 
@@ -98,32 +103,6 @@ def embedded(embeddings: BertEmbeddings, input_ids: Tensor) -> Tensor:
     by_place = embeddings.position_embeddings.weight[:length] + embeddings.token_type_embeddings.weight[0]  # (T, d)
     hidden: Tensor = embeddings.dropout(embeddings.LayerNorm(embeddings.word_embeddings(input_ids) + by_place))
     return hidden
-
-
-def exit_head(hidden_size: int, num_classes: int, dropout: float) -> nn.Module:
-    """Build one exit head: (N, d) to (N, C)."""
-    return nn.Sequential(nn.Dropout(dropout), nn.Linear(hidden_size, num_classes))
-
-
-def mean_weights(kept: Tensor) -> Tensor:
-    """Return the weight of every token in the mean of its row, twice: kept (N, 1, T) in {0, 1} to (N, 2, T).
-
-    A row without tokens gets zeros, not NaN. The sum is exact in any order: it counts ones. Twice, because ONNX
-    Runtime's kernel for products with a single row rounds by the padded length (docs/tolerances.md).
-    """
-    weights = kept / kept.sum(dim=-1, keepdim=True).clamp(min=1.0)
-    return torch.cat([weights, weights], dim=1)
-
-
-def pooled(hidden: Tensor, token_weights: Tensor | None) -> Tensor:
-    """Pool hidden (N, T, d) to (N, d): the weighted mean over tokens, or the first token without weights.
-
-    The mean is a matrix product, because ONNX Runtime's ReduceSum over tokens gives other bits in another
-    batch (5.7e-6 seen, docs/tolerances.md), and then an answer would depend on its neighbours.
-    """
-    if token_weights is None:
-        return hidden[:, 0]
-    return torch.matmul(token_weights, hidden)[:, 0]
 
 
 def set_dropout(module: nn.Module, dropout: float) -> None:

@@ -1,6 +1,8 @@
-"""Training a classifier with exits: all heads together, one pass, resumable after every epoch.
+"""Training a classifier with exits, resumable after every epoch.
 
-It trains what it is given and saves where it is told; choosing an encoder and data is the caller's.
+First encoder and heads together on the labelled texts; then, where there are texts without labels, the heads before
+the final one alone, on what the final exit answers. It trains what it is given and saves where it is told; choosing
+an encoder and data is the caller's.
 """
 
 import math
@@ -14,7 +16,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
 from offramp.errors import DataError, OptionError
@@ -35,7 +37,8 @@ from offramp.models.data import (
     token_ids,
 )
 from offramp.models.encoder import EarlyExitEncoder
-from offramp.models.losses import EARLY_WEIGHT, exit_weights, joint_loss
+from offramp.models.losses import EARLY_WEIGHT, ExitLoss, distillation_loss, exit_weights, joint_loss
+from offramp.trace import UNKNOWN
 
 Precision = Literal["auto", "float32", "bfloat16"]
 
@@ -47,11 +50,12 @@ EVALUATION_BATCH = 64
 class TrainOptions:
     """How to train; the defaults are the recipe measured in docs/log.md. Raises OptionError.
 
-    `precision` is that of the matrix products; weights stay float32. "auto" takes bfloat16 where the CPU has
-    instructions for it.
+    `epochs` train everything, `distil_epochs` after them the early heads alone. `precision` is that of the matrix
+    products; weights stay float32. "auto" takes bfloat16 where the CPU has instructions for it.
     """
 
     epochs: int = 2
+    distil_epochs: int = 1
     batch_size: int = 32
     encoder_lr: float = 1e-4
     head_lr: float = 1e-3
@@ -61,16 +65,14 @@ class TrainOptions:
     precision: Precision = "auto"
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch_size"):
-            if getattr(self, name) < 1:
-                raise OptionError(f"{name}: got {getattr(self, name)}, expected 1 or more")
+        for name, least in (("epochs", 1), ("batch_size", 1), ("distil_epochs", 0), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise OptionError(f"{name}: got {getattr(self, name)}, expected {least} or more")
         for name in ("encoder_lr", "head_lr", "early_weight"):
             if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
                 raise OptionError(f"{name}: got {getattr(self, name)}, expected a finite number from 0")
         if not 0.0 <= self.warmup_ratio <= 1.0:
             raise OptionError(f"warmup_ratio: got {self.warmup_ratio}, expected a number in [0, 1]")
-        if self.seed < 0:
-            raise OptionError(f"seed: got {self.seed}, expected an integer from 0")
         if self.precision not in get_args(Precision):
             raise OptionError(f"precision: got {self.precision!r}, expected one of {get_args(Precision)}")
 
@@ -143,10 +145,10 @@ def resume_training(out: Path, splits: TextSplits, progress: bool = False) -> Tr
     checkpoint = load_checkpoint(out)
     check_labels(checkpoint, splits)
     try:
-        if state["num_train"] != len(splits.train):
+        if state["num_train"] != (sizes := [len(splits.train), len(splits.unlabelled)]):
             raise DataError(
-                f"resuming {out}: got {len(splits.train)} texts to train on, before {state['num_train']}; "
-                "give the same data and seed"
+                f"resuming {out}: got texts to train on, with and without labels: {sizes}, before: "
+                f"{state['num_train']}; give the same data and seed"
             )
         options = TrainOptions(**state["options"])
         optimizer = optimizer_from_model(checkpoint.model, options)
@@ -171,15 +173,45 @@ class Run:
     progress: bool
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Epochs `first` to `last`, exclusive, and what they have in common."""
+
+    first: int
+    last: int
+    texts: TokenisedTexts
+    loss: ExitLoss
+    heads_only: bool  # train the heads before the final one and nothing else
+
+
+def stages_of(run: Run) -> tuple[Stage, ...]:
+    """Return the stages of a run: the second only with early exits and texts without labels."""
+    labelled = tokenised(run.checkpoint, run.splits.train)
+    num_epochs, num_all = run.options.epochs, num_epochs_of(run)
+    joint = Stage(0, num_epochs, labelled, joint_loss, heads_only=False)
+    if num_all == num_epochs:
+        return (joint,)
+    extra = tokenised(run.checkpoint, [TextExample(text, UNKNOWN) for text in run.splits.unlabelled])
+    texts = TokenisedTexts([*labelled.rows, *extra.rows], [*labelled.labels, *extra.labels])
+    return joint, Stage(num_epochs, num_all, texts, distillation_loss, heads_only=True)
+
+
+def num_epochs_of(run: Run) -> int:
+    """Return the number of epochs of all stages."""
+    has_second = run.splits.unlabelled and len(run.checkpoint.model.heads) > 1
+    return run.options.epochs + (run.options.distil_epochs if has_second else 0)
+
+
 def run_epochs(run: Run, done: tuple[EpochReport, ...]) -> TrainReport:
     """Train the epochs that are not `done`, validating and saving after each."""
-    train = tokenised(run.checkpoint, run.splits.train)
+    stages = stages_of(run)
     validation = tokenised(run.checkpoint, run.splits.validation)
     epochs = list(done)
     with progress_bar(run.progress) as bar:
-        for epoch in range(len(done), run.options.epochs):
+        for epoch in range(len(done), stages[-1].last):
             start = time.perf_counter()
-            loss, steps = train_epoch(run, train, epoch, bar)
+            stage = next(stage for stage in stages if epoch < stage.last)
+            loss, steps = train_epoch(run, stage, epoch, bar)
             accuracy = accuracy_of(run.checkpoint.model, validation)
             epochs.append(EpochReport(loss, accuracy, time.perf_counter() - start, steps))
             if run.out is not None:
@@ -188,28 +220,43 @@ def run_epochs(run: Run, done: tuple[EpochReport, ...]) -> TrainReport:
     return TrainReport(tuple(epochs), precision_of_cpu(run.options.precision))
 
 
-def train_epoch(run: Run, train: TokenisedTexts, epoch: int, bar: Progress) -> tuple[float, int]:
+def train_epoch(run: Run, stage: Stage, epoch: int, bar: Progress) -> tuple[float, int]:
     """Take one step per batch; returns the mean loss and the number of steps."""
-    model, options = run.checkpoint.model.train(), run.options
-    num_steps = math.ceil(len(train.rows) / options.batch_size)
+    model, options = run.checkpoint.model, run.options
+    set_trained(model, stage.heads_only)
+    texts = stage.texts
+    num_steps = math.ceil(len(texts.rows) / options.batch_size)
     weights = exit_weights(len(model.config.exits), options.early_weight)
     bfloat16 = precision_of_cpu(options.precision) == "bfloat16"
-    task = bar.add_task(f"epoch {epoch + 1}/{options.epochs}", total=num_steps, loss=math.nan)
+    task = bar.add_task(f"epoch {epoch + 1}/{num_epochs_of(run)}", total=num_steps, loss=math.nan)
     seed = epoch_seed(options.seed, epoch)
     losses = []
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        for step, batch in enumerate(batches(train.rows, train.labels, options.batch_size, seed)):
-            set_learning_rates(run.optimizer, options, epoch * num_steps + step, options.epochs * num_steps)
+        for step, batch in enumerate(batches(texts.rows, texts.labels, options.batch_size, seed)):
+            done, last = (epoch - stage.first) * num_steps + step, (stage.last - stage.first) * num_steps
+            set_learning_rates(run.optimizer, options, done, last)
             with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
                 logits = logits_of(model, batch)  # E tensors (N, C)
-            loss = joint_loss(logits, torch.from_numpy(batch.labels), weights)
+            loss = stage.loss(logits, torch.from_numpy(batch.labels), weights)
             run.optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
             run.optimizer.step()
             losses.append(checked_loss(loss, epoch, step))
-            advance(bar, task, losses[-1])
+            bar.update(task, advance=1, loss=losses[-1])
     return sum(losses) / len(losses), len(losses)
+
+
+def set_trained(model: EarlyExitEncoder, heads_only: bool) -> None:
+    """Say what learns, and drops out: all but the word table, or only the heads before the final one.
+
+    What does not learn gets no gradient, and AdamW passes over it, weight decay included.
+    """
+    model.train(not heads_only).requires_grad_(not heads_only)
+    if heads_only:
+        for head in list(model.heads)[:-1]:
+            head.train().requires_grad_(True)
+    model.embeddings.word_embeddings.weight.requires_grad_(False)
 
 
 def checked_loss(loss: Tensor, epoch: int, step: int) -> float:
@@ -283,13 +330,13 @@ def epoch_seed(seed: int, epoch: int) -> int:
 
 def training_state(run: Run, epochs: Sequence[EpochReport]) -> dict[str, Any] | None:
     """Return what resuming needs, or None after the last epoch."""
-    if len(epochs) == run.options.epochs:
+    if len(epochs) == num_epochs_of(run):
         return None
     return {
         "options": asdict(run.options),
         "optimizer": run.optimizer.state_dict(),
         "epochs": [asdict(epoch) for epoch in epochs],
-        "num_train": len(run.splits.train),
+        "num_train": [len(run.splits.train), len(run.splits.unlabelled)],
     }
 
 
@@ -349,8 +396,3 @@ def progress_bar(shown: bool) -> Iterator[Progress]:
     )
     with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
         yield bar
-
-
-def advance(bar: Progress, task: TaskID, loss: float) -> None:
-    """Show one more step and its loss."""
-    bar.update(task, advance=1, loss=loss)

@@ -41,6 +41,15 @@ def test_what_is_loaded_is_what_was_saved(checkpoint: Checkpoint, saved: Path) -
         assert torch.equal(got, expected)
 
 
+def test_an_older_checkpoint_has_one_pooling_for_all_exits(encoder_path: Path, tmp_path: Path) -> None:
+    config = EncoderConfig(exits=(1, 3), pooling="mean", early_pooling="mean")
+    save_checkpoint(tmp_path / "old", checkpoint_from_encoder(encoder_path, config, ("a", "b"), max_length=16))
+    written = json.loads((tmp_path / "old" / "config.json").read_text())
+    del written["encoder"]["early_pooling"]
+    (tmp_path / "old" / "config.json").write_text(json.dumps(written))
+    assert load_checkpoint(tmp_path / "old").config == config
+
+
 def test_loading_leaves_the_random_state_alone(saved: Path) -> None:
     before = torch.random.get_rng_state()
     load_checkpoint(saved)

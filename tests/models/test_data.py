@@ -9,19 +9,23 @@ from tiny_encoder import tiny_tokenizer
 
 from offramp.errors import DataError, OptionError
 from offramp.models.data import (
+    NUM_IMDB_SENTENCES,
     LabelledTexts,
     TextExample,
     batches,
     default_encoder_path,
     installed_file,
+    load_imdb_sentences,
     load_rotten_tomatoes,
     load_texts,
     load_tokenizer,
+    load_unlabelled,
     normalised,
     padded,
     split_texts,
     texts_of,
     token_ids,
+    words_of,
 )
 
 TEST_SPLIT_DIGEST = "4738e0e11eda9356"
@@ -40,6 +44,26 @@ def test_rotten_tomatoes_is_shared_out_evenly_and_disjointly() -> None:
     # Fixed, so that a result on one machine can be compared with a result on another.
     joined = "\n".join(texts_of(splits.test)).encode()
     assert hashlib.sha256(joined).hexdigest()[:16] == TEST_SPLIT_DIGEST
+
+
+def test_imdb_sentences_look_like_rotten_tomatoes_and_hold_none_of_it() -> None:
+    splits = load_rotten_tomatoes()
+    known = {words_of(example.text) for part in (splits.train, splits.validation, splits.test) for example in part}
+    sentences = load_imdb_sentences()
+    assert len(set(sentences)) == NUM_IMDB_SENTENCES
+    assert not known & {words_of(sentence) for sentence in sentences}
+    assert all(sentence == normalised(sentence) and "<br" not in sentence for sentence in sentences)
+    assert load_imdb_sentences(3) == sentences[:3]
+
+
+def test_unlabelled_texts_of_the_user(tmp_path: Path) -> None:
+    (tmp_path / "texts.csv").write_text("text,label\nfine,\nbad,1\n")
+    (tmp_path / "texts.jsonl").write_text('{"text": "fine"}\n\n{"text": "bad", "label": 3}\n')
+    for name in ("texts.csv", "texts.jsonl"):
+        assert load_unlabelled(tmp_path / name) == ("fine", "bad")
+    (tmp_path / "texts.jsonl").write_text('{"text": "fine"}\n{"text": " "}\n')
+    with pytest.raises(DataError, match="record 2: got text ' '"):
+        load_unlabelled(tmp_path / "texts.jsonl")
 
 
 def test_the_default_encoder_is_found() -> None:

@@ -11,7 +11,8 @@ from transformers import BertConfig, BertModel
 
 from offramp.errors import DataError, ModelError, OptionError
 from offramp.models.checkpoint import Checkpoint
-from offramp.models.encoder import EarlyExitEncoder, EncoderConfig, encoder_from_pretrained, pooled
+from offramp.models.encoder import EarlyExitEncoder, EncoderConfig, encoder_from_pretrained
+from offramp.models.heads import Tokens
 
 # torch and transformers order the same FP32 sums differently: 3e-7 seen, on logits of about 0.3.
 LOGIT_TOLERANCE = 1e-5
@@ -25,10 +26,10 @@ def make_inputs(lengths: list[int], width: int) -> tuple[torch.Tensor, torch.Ten
     return ids, mask
 
 
-@pytest.fixture(scope="module", params=["mean", "cls"])
+@pytest.fixture(scope="module", params=["window", "mean", "cls"])
 def encoder(request: pytest.FixtureRequest) -> EarlyExitEncoder:
-    """Return an encoder with exits after layers 1, 2 and 4."""
-    config = EncoderConfig(exits=(1, 2, 4), num_classes=3, pooling=request.param)
+    """Return an encoder with exits after the embeddings and layers 2 and 4."""
+    config = EncoderConfig(exits=(0, 2, 4), num_classes=3, pooling=request.param, early_pooling=request.param)
     torch.manual_seed(0)
     return EarlyExitEncoder(tiny_bert(), config).eval()
 
@@ -38,10 +39,14 @@ def reference_logits(encoder: EarlyExitEncoder, ids: torch.Tensor, mask: torch.T
     hidden = tiny_bert().eval()(ids, attention_mask=mask, output_hidden_states=True).hidden_states
     logits = []
     for layer, head in zip(encoder.config.exits, encoder.heads, strict=True):
-        rows = [state[row.bool()] for state, row in zip(hidden[layer], mask, strict=True)]
-        pooling = {"mean": lambda row: row.mean(dim=0), "cls": lambda row: row[0]}[encoder.config.pooling]
-        logits.append(head(torch.stack([pooling(row) for row in rows])))
+        rows = [state[row.bool()][None] for state, row in zip(hidden[layer], mask, strict=True)]  # (1, T of the row, d)
+        logits.append(torch.cat([head(row, tokens_of_length(row.shape[1])) for row in rows]))
     return logits
+
+
+def tokens_of_length(length: int) -> Tokens:
+    """One row without padding."""
+    return Tokens(torch.ones(1, 1, length), torch.full((1, 2, length), 1 / length))
 
 
 @torch.no_grad()
@@ -81,20 +86,14 @@ def test_layers_above_the_last_exit_are_dropped() -> None:
     assert len(static(*make_inputs([3, 2], 3))) == 1
 
 
-def test_mean_is_a_matrix_product_in_exact_arithmetic() -> None:
-    hidden = torch.tensor([[[2.0, 4.0], [4.0, 8.0], [99.0, 99.0]]])
-    weights = torch.tensor([[[0.5, 0.5, 0.0]]])
-    assert pooled(hidden, weights).tolist() == [[3.0, 6.0]]
-
-
 def test_heads_come_from_the_seed_and_leave_the_random_state_alone(encoder_path: Path) -> None:
     config = EncoderConfig(exits=(1, 2))
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
     one, same, other = (encoder_from_pretrained(encoder_path, config, seed) for seed in (1, 1, 2))
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert torch.equal(one.heads[0][1].weight, same.heads[0][1].weight)
-    assert not torch.equal(one.heads[0][1].weight, other.heads[0][1].weight)
+    assert torch.equal(one.heads[0].classes.weight, same.heads[0].classes.weight)
+    assert not torch.equal(one.heads[0].classes.weight, other.heads[0].classes.weight)
     assert torch.equal(one.embeddings.word_embeddings.weight, tiny_bert().embeddings.word_embeddings.weight)
 
 
@@ -129,11 +128,12 @@ def test_exported_graph_says_the_same(checkpoint: Checkpoint, tmp_path: Path) ->
     "wrong",
     [
         {"exits": ()},
-        {"exits": (0, 2)},
+        {"exits": (-1, 2)},
         {"exits": (2, 2)},
         {"exits": (4, 2)},
         {"num_classes": 1},
         {"pooling": "max"},
+        {"early_pooling": "max"},
         {"dropout": 1.0},
     ],
 )

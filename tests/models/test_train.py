@@ -1,5 +1,6 @@
 """Training: it learns, it resumes to the same weights, and it says what it did."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,15 @@ import torch
 
 from offramp.errors import DataError, OptionError
 from offramp.models import train
-from offramp.models.checkpoint import Checkpoint, load_checkpoint, load_training_state, save_checkpoint
+from offramp.models.checkpoint import (
+    Checkpoint,
+    checkpoint_from_encoder,
+    load_checkpoint,
+    load_training_state,
+    save_checkpoint,
+)
 from offramp.models.data import TextSplits
+from offramp.models.encoder import EncoderConfig
 from offramp.models.train import (
     TrainOptions,
     accuracy_per_exit,
@@ -18,7 +26,13 @@ from offramp.models.train import (
     train_classifier,
 )
 
-OPTIONS = TrainOptions(epochs=3, batch_size=8, encoder_lr=3e-3, head_lr=1e-2, precision="float32")
+OPTIONS = TrainOptions(epochs=4, distil_epochs=2, batch_size=8, encoder_lr=3e-3, head_lr=1e-2, precision="float32")
+
+
+@pytest.fixture
+def with_unlabelled(splits: TextSplits) -> TextSplits:
+    """The same texts, and those of the test split without their labels."""
+    return replace(splits, unlabelled=tuple(example.text for example in splits.test))
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -35,10 +49,10 @@ def interrupt_in_epoch(monkeypatch: pytest.MonkeyPatch, interrupted: int) -> Non
     """Make training stop, like Ctrl-C, when epoch `interrupted` begins."""
     honest = train.train_epoch
 
-    def train_epoch(run: train.Run, texts: train.TokenisedTexts, epoch: int, bar: object) -> tuple[float, int]:
+    def train_epoch(run: train.Run, stage: train.Stage, epoch: int, bar: object) -> tuple[float, int]:
         if epoch == interrupted:
             raise KeyboardInterrupt
-        return honest(run, texts, epoch, bar)
+        return honest(run, stage, epoch, bar)
 
     monkeypatch.setattr(train, "train_epoch", train_epoch)
 
@@ -46,7 +60,7 @@ def interrupt_in_epoch(monkeypatch: pytest.MonkeyPatch, interrupted: int) -> Non
 def test_it_learns_every_exit(checkpoint: Checkpoint, splits: TextSplits, tmp_path: Path) -> None:
     report = train_classifier(checkpoint, splits, OPTIONS, tmp_path / "run")
     assert report.validation_accuracy == (1.0, 1.0)
-    assert (report.steps, len(report.epochs), report.precision) == (18, 3, "float32")
+    assert (report.steps, len(report.epochs), report.precision) == (24, 4, "float32")
     assert report.epochs[0].loss > report.epochs[-1].loss
     assert report.seconds == sum(epoch.seconds for epoch in report.epochs) > 0
     assert not checkpoint.model.training
@@ -56,25 +70,49 @@ def test_it_learns_every_exit(checkpoint: Checkpoint, splits: TextSplits, tmp_pa
         resume_training(tmp_path / "run", splits)
 
 
-@pytest.mark.parametrize("interrupted", [1, 2])
+@pytest.mark.parametrize("interrupted", [1, 3, 4, 5])
 def test_a_resumed_run_ends_with_the_same_weights(
     checkpoint: Checkpoint,
-    splits: TextSplits,
+    with_unlabelled: TextSplits,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     interrupted: int,
 ) -> None:
     save_checkpoint(tmp_path / "fresh", checkpoint)
-    whole = train_classifier(checkpoint, splits, OPTIONS)
+    whole = train_classifier(checkpoint, with_unlabelled, OPTIONS)
     with monkeypatch.context() as patch:
         interrupt_in_epoch(patch, interrupted)
         with pytest.raises(KeyboardInterrupt):
-            train_classifier(load_checkpoint(tmp_path / "fresh"), splits, OPTIONS, tmp_path / "run")
+            train_classifier(load_checkpoint(tmp_path / "fresh"), with_unlabelled, OPTIONS, tmp_path / "run")
     torch.rand(3)  # the state of the process is another one after a restart
-    resumed = resume_training(tmp_path / "run", splits)
+    resumed = resume_training(tmp_path / "run", with_unlabelled)
     assert same_weights(weights_of(load_checkpoint(tmp_path / "run")), weights_of(checkpoint))
     assert [epoch.loss for epoch in resumed.epochs] == [epoch.loss for epoch in whole.epochs]
     assert resumed.validation_accuracy == whole.validation_accuracy
+
+
+def test_the_last_stage_trains_the_early_heads_alone(
+    checkpoint: Checkpoint, with_unlabelled: TextSplits, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before: dict[str, torch.Tensor] = {}
+    honest = train.train_epoch
+
+    def train_epoch(run: train.Run, stage: train.Stage, epoch: int, bar: object) -> tuple[float, int]:
+        if epoch == OPTIONS.epochs:
+            before.update(weights_of(checkpoint))
+        return honest(run, stage, epoch, bar)
+
+    monkeypatch.setattr(train, "train_epoch", train_epoch)
+    report = train_classifier(checkpoint, with_unlabelled, OPTIONS)
+    assert [epoch.steps for epoch in report.epochs] == [6, 6, 6, 6, 8, 8]
+    after = weights_of(checkpoint)
+    changed = {name for name in after if not torch.equal(before[name], after[name])}
+    assert changed == {name for name in after if name.startswith("heads.0.")}
+
+
+def test_without_early_exits_there_is_no_last_stage(encoder_path: Path, with_unlabelled: TextSplits) -> None:
+    static = checkpoint_from_encoder(encoder_path, EncoderConfig(exits=(2,)), with_unlabelled.label_names, 16)
+    assert len(train_classifier(static, with_unlabelled, OPTIONS).epochs) == OPTIONS.epochs
 
 
 def test_an_interrupted_run_refuses_other_data(
@@ -84,7 +122,7 @@ def test_an_interrupted_run_refuses_other_data(
     with pytest.raises(KeyboardInterrupt):
         train_classifier(checkpoint, splits, OPTIONS, tmp_path / "run")
     fewer = TextSplits(splits.train[1:], splits.validation, splits.test, splits.label_names)
-    with pytest.raises(DataError, match="47 texts to train on, before 48"):
+    with pytest.raises(DataError, match=r"\[47, 0\], before: \[48, 0\]"):
         resume_training(tmp_path / "run", fewer)
     state = load_training_state(tmp_path / "run")
     del state["optimizer"]
@@ -172,6 +210,7 @@ def test_texts_that_do_not_fit_are_refused(checkpoint: Checkpoint, splits: TextS
     "wrong",
     [
         {"epochs": 0},
+        {"distil_epochs": -1},
         {"batch_size": 0},
         {"encoder_lr": -1.0},
         {"head_lr": float("nan")},
