@@ -52,17 +52,18 @@ class WindowHead(nn.Module):
         return logits
 
 
-class LinearHead(nn.Sequential):
+class LinearHead(nn.ModuleList):
     """A linear classifier on the mean over tokens, or on the first token."""
 
     def __init__(self, hidden_size: int, num_classes: int, pooling: Pooling, dropout: float) -> None:
-        super().__init__(nn.Dropout(dropout), nn.Linear(hidden_size, num_classes))
+        super().__init__([nn.Dropout(dropout), nn.Linear(hidden_size, num_classes)])
         self.pooling = pooling
 
     def forward(self, hidden: Tensor, tokens: Tokens) -> Tensor:
         """Classify N rows: hidden (N, T, d) to (N, C)."""
         pooled = hidden[:, 0] if self.pooling == "cls" else weighted_mean(hidden, tokens)  # (N, d)
-        logits: Tensor = super().forward(pooled)
+        dropout, linear = self
+        logits: Tensor = linear(dropout(pooled))
         return logits
 
 
