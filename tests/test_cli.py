@@ -198,9 +198,12 @@ def test_doctor_names_what_is_missing_and_the_cure() -> None:
 
 
 def test_defaults_of_train_are_those_of_the_recipe() -> None:
+    from offramp.models.encoder import EncoderConfig
     from offramp.models.train import TrainOptions
 
-    recipe = TrainOptions()
+    recipe, config = TrainOptions(), EncoderConfig()
     defaults = {option.name: option.default for option in main.commands["train"].params}
-    for name in ("epochs", "batch_size", "encoder_lr", "head_lr", "early_weight", "seed"):
+    for name in ("epochs", "distil_epochs", "batch_size", "encoder_lr", "head_lr", "early_weight", "seed"):
         assert defaults[name] == getattr(recipe, name)
+    assert defaults["exits"] == ",".join(map(str, config.exits))
+    assert (defaults["pooling"], defaults["early_pooling"]) == (config.pooling, config.early_pooling)
