@@ -29,7 +29,9 @@ from offramp.tuning.replay import accuracy, exit_shares, mean_depth, replay
 HERE = Path(__file__).parent
 BUNDLE, STATIC = HERE / "bundle", HERE / "static-bundle"
 EXITS = (0, 2, 4, 6)  # layers; 0 are the embeddings
-MAX_DROP = 0.005  # accuracy on validation that the policy may cost, as a fraction
+# Accuracy on validation that the policy may cost. Thresholds chosen on 1,000 sentences lose half a point to a point more
+# on others (docs/log.md): 0 here keeps the loss there within one point.
+MAX_DROP = 0.0
 NUM_REQUESTS = 500
 
 
@@ -38,7 +40,7 @@ def main() -> None:
     train("checkpoint", ",".join(map(str, EXITS)))
     # What one would deploy instead: two layers, trained on their own, no exits, with the head that suits so few.
     train("static-checkpoint", "2", "--pooling", "window")
-    offramp("export", HERE / "checkpoint", "-o", BUNDLE)
+    offramp("export", HERE / "checkpoint", "-o", BUNDLE, "--precision", "fp16,int8")
     offramp("export", HERE / "static-checkpoint", "-o", STATIC, "--precision", "fp32")
     built = json.loads(offramp("build-engine", BUNDLE, "--json", capture=True))
     offramp("calibrate", BUNDLE, "--max-drop", str(MAX_DROP))
