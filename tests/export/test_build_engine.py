@@ -228,7 +228,7 @@ def test_a_precision_that_was_not_exported(tmp_path):
         build_engines(bundle, BuildOptions())
 
 
-@pytest.mark.parametrize("precision", ["int8", "", "FP16"])
+@pytest.mark.parametrize("precision", ["int4", "", "FP16"])
 def test_an_unknown_precision(precision: str):
     with pytest.raises(OptionError, match="expected one of fp16, fp32"):
         BuildOptions(precision=precision)
