@@ -29,7 +29,9 @@ from offramp.tuning.replay import accuracy, exit_shares, mean_depth, replay
 HERE = Path(__file__).parent
 BUNDLE, STATIC = HERE / "bundle", HERE / "static-bundle"
 EXITS = (0, 2, 4, 6)  # layers; 0 are the embeddings
-MAX_DROP = 0.005  # accuracy on validation that the policy may cost, as a fraction
+# Accuracy on validation that the policy may cost. Thresholds of 1,000 sentences lose half a point to a point more on others
+# than where they were chosen (docs/log.md), so that 0 stays within one point.
+MAX_DROP = 0.0
 NUM_REQUESTS = 500
 
 
