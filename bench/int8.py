@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from chain_vs_uncut import make_encoder, make_inputs, open_usual
+from chain_vs_uncut import make_encoder, make_inputs
 from machine import describe_machine
 
 from offramp.bundle import load_manifest
@@ -59,8 +59,8 @@ def measure(bundle: Path, threads: int, seconds: float, clock: Clock) -> list[di
     """Medians in milliseconds, ratios to the uncut model and the error of INT8, for every case."""
     manifest = load_manifest(bundle)
     whole = uncut_model(load_reference(bundle, manifest), manifest.exits[-1].name).SerializeToString()
-    uncut = open_session(whole, threads, "uncut", left_out=())
-    plain = open_usual(whole, threads)
+    uncut = open_session(whole, threads, "uncut")
+    plain = open_session(whole, threads, "uncut", left_out=())
     found = []
     with (
         Runner.open(bundle, "onnxruntime", Policy.full_depth(), threads, "fp32") as fp32,
