@@ -15,7 +15,7 @@ import torch
 from subject import Inputs, rows_of
 from torch import Tensor, nn
 
-from offramp.models.encoder import MASKED_SCORE, EarlyExitEncoder, embedded, mean_weights, pooled
+from offramp.models.encoder import EarlyExitEncoder
 from offramp.policy import Policy
 
 Answer = Callable[[Inputs], tuple[np.ndarray, np.ndarray]]  # inputs -> prediction (N,), exit_index (N,)
@@ -23,15 +23,8 @@ Answer = Callable[[Inputs], tuple[np.ndarray, np.ndarray]]  # inputs -> predicti
 
 def exits_of(model: EarlyExitEncoder, input_ids: Tensor, attention_mask: Tensor) -> Iterator[Tensor]:
     """The logits (N, C) of each exit in turn; no layer runs before somebody asks for an exit behind it."""
-    kept = attention_mask[:, None, :].to(model.embeddings.word_embeddings.weight.dtype)  # (N, 1, T) in {0, 1}
-    score_mask = (1.0 - kept)[:, None] * MASKED_SCORE  # (N, 1, 1, T)
-    token_weights = mean_weights(kept) if model.config.pooling == "mean" else None
-    hidden = embedded(model.embeddings, input_ids)  # (N, T, d)
-    heads = iter(model.heads)
-    for depth, layer in enumerate(model.layers, start=1):
-        hidden = layer(hidden, score_mask)
-        if depth in model.config.exits:
-            yield next(heads)(pooled(hidden, token_weights))
+    for head, (hidden, tokens) in zip(model.heads, model.states(input_ids, attention_mask), strict=False):
+        yield head(hidden, tokens)
 
 
 def row_by_row(model: EarlyExitEncoder, policy: Policy) -> Answer:
@@ -84,14 +77,8 @@ class Uncut(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        model = self.model
-        kept = attention_mask[:, None, :].to(model.embeddings.word_embeddings.weight.dtype)
-        score_mask = (1.0 - kept)[:, None] * MASKED_SCORE
-        hidden = embedded(model.embeddings, input_ids)
-        for layer in model.layers:
-            hidden = layer(hidden, score_mask)
-        token_weights = mean_weights(kept) if model.config.pooling == "mean" else None
-        logits: Tensor = model.heads[-1](pooled(hidden, token_weights))
+        *_, (hidden, tokens) = self.model.states(input_ids, attention_mask)
+        logits: Tensor = self.model.heads[-1](hidden, tokens)
         return logits
 
 

@@ -120,7 +120,7 @@ def _tiny_encoder(exits: tuple[int, ...] = (2, 4, 6)) -> Any:
         intermediate_size=64,
         max_position_embeddings=64,
     )
-    model = EarlyExitEncoder(BertModel(config, add_pooling_layer=False), EncoderConfig(exits=exits)).eval()
+    model = EarlyExitEncoder(BertModel(config, add_pooling_layer=False), EncoderConfig(exits=exits, early_pooling="mean")).eval()
     for head in model.heads:  # as sure of some rows as of others
         for parameter in head.parameters():
             parameter.data *= 8

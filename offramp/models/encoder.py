@@ -79,19 +79,21 @@ class EarlyExitEncoder(nn.Module):
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         """Classify N texts: input_ids and attention_mask (1 = token, 0 = padding) are (N, T) int64."""
+        states = self.states(input_ids, attention_mask)
+        return tuple(head(hidden, tokens) for head, (hidden, tokens) in zip(self.heads, states, strict=True))
+
+    def states(self, input_ids: Tensor, attention_mask: Tensor) -> Iterator[tuple[Tensor, Tokens]]:
+        """Yield the hidden state (N, T, d) at each exit in turn; no layer runs before somebody asks beyond it."""
         dtype = self.embeddings.word_embeddings.weight.dtype
         kept = attention_mask[:, None, :].to(dtype)  # (N, 1, T) in {0, 1}
         score_mask = (1.0 - kept)[:, None] * MASKED_SCORE  # (N, 1, 1, T) in {MASKED_SCORE, 0}
         tokens = Tokens(kept, mean_weights(kept))
         hidden = embedded(self.embeddings, input_ids)  # (N, T, d)
-        logits = []
-        heads = iter(self.heads)
         for depth in range(len(self.layers) + 1):
             if depth > 0:
                 hidden = self.layers[depth - 1](hidden, score_mask)  # (N, T, d)
             if depth in self.config.exits:
-                logits.append(next(heads)(hidden, tokens))  # (N, C)
-        return tuple(logits)
+                yield hidden, tokens
 
 
 def embedded(embeddings: BertEmbeddings, input_ids: Tensor) -> Tensor:
