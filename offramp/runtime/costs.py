@@ -9,7 +9,7 @@ import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from math import isfinite
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
@@ -100,9 +100,10 @@ def measure_batch_costs(
 ) -> BatchCosts:
     """Time every segment of `runner` at every batch size of `sizes` on the rows of `inputs`, repeated as needed.
 
-    All rows go to full depth, one chain after another, so that weights and carries are as cold as they are in
-    service. Stops once `budget_s` seconds are over, but not before 5 rounds. Sizes above the bundle's maximum are
-    left out. Nothing else should run on these engines meanwhile. Raises OptionError or InputError.
+    All rows go to full depth, one chain after another, so that weights and carries are as cold as they are in service.
+    Stops once `budget_s` seconds are over, but not before 5 rounds. Sizes above the bundle's maximum are left out;
+    neighbouring sizes are averaged where they contradict one another. Nothing else should run on these engines
+    meanwhile. Raises OptionError or InputError.
     """
     arrays, num_rows = checked_inputs(inputs, runner.manifest)
     if not num_rows:
@@ -119,7 +120,7 @@ def measure_batch_costs(
     while len(rounds) < _MIN_REPETITIONS or (len(rounds) < _MAX_REPETITIONS and perf_counter() < end):
         rounds.append([_chain_ms(runner, batch) for batch in batches])
     typical = np.quantile(np.asarray(rounds), _QUANTILE, axis=0)  # (B, E)
-    ms = tuple(_never_falling(line) for line in typical.T.tolist())
+    ms = tuple(_straightened(chosen, line) for line in typical.T.tolist())
     return BatchCosts(tuple(chosen), ms, row_size_from_inputs(arrays, runner.manifest))
 
 
@@ -140,15 +141,22 @@ def _chain_ms(runner: Runner, inputs: _Inputs) -> list[float]:
     for engine in runner.engines:
         start = perf_counter()
         carry = engine.run(carry, rows, np.float32(1)).carry
-        times.append((perf_counter() - start) * 1e3)
+        times.append(max((perf_counter() - start) * 1e3, 1e-6))
     return times
+
+
+def _straightened(sizes: list[int], line: list[float]) -> tuple[float, ...]:
+    """A measured line without what only noise can say: that more rows cost less, or one row more in larger company."""
+    per_row = [ms / size for size, ms in zip(sizes, _never_falling(line), strict=True)]
+    falling = [-ms for ms in _never_falling([-ms for ms in per_row])]
+    return tuple(accumulate((ms * size for size, ms in zip(sizes, falling, strict=True)), max))  # but for rounding
 
 
 def _never_falling(line: list[float]) -> tuple[float, ...]:
     """The nearest line (least squares) that never falls: neighbours in the wrong order are averaged."""
     blocks: list[tuple[float, int]] = []  # mean, how many sizes
     for ms in line:
-        mean, count = max(ms, 1e-6), 1
+        mean, count = ms, 1
         while blocks and blocks[-1][0] > mean:
             before, num = blocks.pop()
             mean, count = (mean * count + before * num) / (count + num), count + num

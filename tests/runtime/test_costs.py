@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from offramp.errors import DataError, InputError, OptionError
 from offramp.runtime import BatchCosts, Runner, fake_runner, measure_batch_costs
-from offramp.runtime.costs import _never_falling
+from offramp.runtime.costs import _straightened
 from offramp.runtime.fake import MAX_ROWS
 
 positive = st.floats(1e-3, 1e3)
@@ -99,10 +99,17 @@ def test_measuring_nothing_is_refused() -> None:
             measure_batch_costs(runner, {"x": np.zeros(1, np.float32)}, sizes)
 
 
-@given(line=st.lists(positive, min_size=1, max_size=8))
-def test_a_noisy_line_is_straightened(line: list[float]) -> None:
-    straight = _never_falling(line)
-    assert list(straight) == sorted(straight)
-    assert len(straight) == len(line)
-    assert sum(straight) == pytest.approx(sum(line))
-    assert _never_falling(sorted(line)) == tuple(sorted(line))
+@given(line=st.lists(positive, min_size=1, max_size=8), step=st.integers(1, 7))
+def test_a_noisy_line_is_straightened(line: list[float], step: int) -> None:
+    sizes = [1 + step * number for number in range(len(line))]
+    straight = _straightened(sizes, line)
+    assert BatchCosts(tuple(sizes), (straight,)).ms == (straight,)  # which never falls
+    per_row = [ms / size for size, ms in zip(sizes, straight, strict=True)]
+    assert all(a * (1 + 1e-9) >= b for a, b in pairwise(per_row))
+    np.testing.assert_allclose(_straightened(sizes, list(straight)), straight)
+
+
+def test_straightening_averages_what_contradicts_and_nothing_else() -> None:
+    assert _straightened([1, 2, 4], [1.0, 1.5, 2.5]) == (1.0, 1.5, 2.5)
+    assert _straightened([1, 2, 4], [3.0, 1.0, 4.0]) == (2.0, 2.0, 4.0)  # more rows cannot cost less
+    assert _straightened([1, 2, 4], [2.0, 2.0, 8.0]) == (2.0, 3.0, 6.0)  # nor a row more among more
