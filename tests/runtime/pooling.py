@@ -10,9 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.policy import Policy
-from offramp.runtime import BatchCosts, FakeEngine, Result, Runner, SegmentOutput, fake_runner
+from offramp.runtime import Answer, BatchCosts, FakeEngine, Pool, Result, Runner, SegmentOutput, fake_runner
 
 NUM_SEGMENTS = 3
+STAYS = 4  # a number that goes to full depth; odd ones leave first
 SURE = 5.0  # logits this far apart: max_prob 0.993
 POLICY = Policy.thresholds("max_prob", [0.9] * (NUM_SEGMENTS - 1))
 PATIENCE_S = 30.0  # for what happens at once unless something is broken
@@ -82,3 +83,10 @@ def rows_run(runner: Runner, segment: int) -> list[int]:
     engine = runner.engines[segment]
     assert isinstance(engine, FakeEngine)
     return [len(call.rows) for call in engine.calls]
+
+
+def occupy(pool: Pool, gate: Gated, number: int = STAYS) -> Answer:
+    """Let the first segment begin with one row, and wait there."""
+    answer = pool.submit(request(number))
+    gate.wait_begun()
+    return answer

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import concurrent.futures
 import threading
 from dataclasses import replace
@@ -15,47 +14,27 @@ import tiny
 from pooling import (
     PATIENCE_S,
     POLICY,
+    STAYS,
     exit_of,
     flat_costs,
     gated_runner,
     numbered_runner,
     numbers_of,
+    occupy,
     request,
     rows_run,
 )
 
-from offramp.errors import BackendError, ClosedError, DeadlineError, InputError, OptionError, QueueFullError
-from offramp.policy import Policy
-from offramp.runtime import Admission, FakeEngine, Pool, SegmentOutput
+from offramp.errors import BackendError, DeadlineError, InputError, OptionError, QueueFullError
+from offramp.policy import Policy, Veto
+from offramp.runtime import Admission, Answer, BatchCosts, FakeEngine, Pool, SegmentOutput
+from offramp.runtime.batch import Leaving
 from offramp.runtime.schedule import MIN_ROWS_SEEN
-
-STAYS = 4  # a number that goes to full depth; odd ones leave first
 
 
 def wait_all(answers: list[Any]) -> None:
     for answer in answers:
         answer.result(PATIENCE_S)
-
-
-def occupy(pool: Pool, gate: Any, number: int = STAYS) -> Any:
-    """Let the first segment begin with one row, and wait there."""
-    answer = pool.submit(request(number))
-    gate.wait_begun()
-    return answer
-
-
-def test_a_thread_and_a_task_get_the_same_answers() -> None:
-    with Pool(numbered_runner(), max_batch=8) as pool:
-        answers = [pool.submit(request(n, n + 1)) for n in range(40)]
-        by_thread = [answer.result(PATIENCE_S) for answer in answers]
-
-        async def ask() -> list[Any]:
-            return await asyncio.gather(*(pool.submit(request(n, n + 1)) for n in range(40)))
-
-        for n, (one, other) in enumerate(zip(by_thread, asyncio.run(ask()), strict=True)):
-            tiny.assert_same(one, other)
-            assert numbers_of(one) == [n, n + 1]
-            assert one.exit_index.tolist() == [exit_of(n), exit_of(n + 1)]
 
 
 def test_what_waits_runs_together() -> None:
@@ -246,6 +225,44 @@ def test_sources_share_an_engine_call_and_keep_their_policies() -> None:
     assert rows_run(runner, 1) == [1, 4]
 
 
+@pytest.mark.parametrize("numbers", [[1, 4, 3, 8, 12, 6], [4, 8, 12], [1, 3, 5]])  # some leave, nobody, all
+def test_rows_of_two_policies_in_one_batch_stay_themselves(numbers: list[int]) -> None:
+    runner, gate = gated_runner(replace(POLICY, sources={"alike": replace(POLICY)}))
+    asked = [(n + more, source) for n in numbers for more, source in ((0, ""), (16, "alike"))]  # n + 16 leaves with n
+    with Pool(runner, max_batch=12) as pool:
+        occupy(pool, gate)
+        answers = [pool.submit(request(n), source) for n, source in asked]
+        gate.let_go(2)
+        results = [answer.result(PATIENCE_S) for answer in answers]
+    assert [numbers_of(result) for result in results] == [[n] for n, _ in asked]
+    assert [result.exit_index.tolist() for result in results] == [[exit_of(n)] for n, _ in asked]
+
+
+def test_halves_of_a_request_that_overtook_one_another_are_put_in_order() -> None:
+    logits = np.arange(8, dtype=np.float32).reshape(4, 2)
+    said = SegmentOutput(None, logits, np.arange(4), np.zeros((4, 3), np.float32))
+    with Pool(numbered_runner()) as pool:
+        answer = Answer(pool, 4, POLICY)
+        Leaving(said, [answer] * 4, [2, 3, 0, 1], 0, "max_prob").add_parts()
+    (part,) = answer.parts
+    assert part.positions.tolist() == [0, 1, 2, 3]
+    assert part.out.prediction.tolist() == [2, 3, 0, 1]
+    np.testing.assert_array_equal(part.out.logits, logits[[2, 3, 0, 1]])
+
+
+@pytest.mark.parametrize("veto", [Veto(mean=True), Veto(previous=True)])
+@pytest.mark.parametrize("costs", [None, flat_costs()])
+def test_what_a_policy_remembers_goes_with_the_rows(veto: Veto, costs: BatchCosts | None) -> None:
+    runner = numbered_runner(replace(POLICY, veto=veto))
+    requests = [request(*range(start, start + 3)) for start in range(150)]
+    expected = [runner.run(each) for each in requests]
+    with Pool(runner, max_batch=8, costs=costs) as pool:
+        answers = [pool.submit(each) for each in requests]
+        for answer, alone in zip(answers, expected, strict=True):
+            tiny.assert_same(answer.result(PATIENCE_S), alone)
+        assert any(pool.plans[1].regroup) == (costs is not None)
+
+
 def test_rows_wait_for_company_as_long_as_they_are_asked_to() -> None:
     runner = numbered_runner()
     with Pool(runner, max_batch=2, max_wait_ms=1e7) as pool:
@@ -262,142 +279,6 @@ def test_rows_wait_for_company_as_long_as_they_are_asked_to() -> None:
 
 def test_rows_wait_no_longer_than_they_are_asked_to() -> None:
     with Pool(numbered_runner(), max_batch=8, max_wait_ms=1.0) as pool:
-        assert numbers_of(pool.submit(request(1)).result(PATIENCE_S)) == [1]
-
-
-@pytest.mark.parametrize("drain", [True, False])
-def test_closing_answers_or_refuses_everything(drain: bool) -> None:
-    runner, gate = gated_runner()
-    pool = Pool(runner, max_batch=2)
-    answers = [occupy(pool, gate), *(pool.submit(request(n)) for n in (1, 4, 3, 8))]
-    closer = threading.Thread(target=pool.close, args=(drain,))
-    closer.start()
-    gate.let_go(3)
-    closer.join(PATIENCE_S)
-    assert all(answer.done() for answer in answers)
-    kinds = [type(answer.exception()) for answer in answers]
-    assert kinds == ([type(None)] * 5 if drain else [ClosedError] * 5)
-    assert pool.num_rows == 0
-    with pytest.raises(ClosedError, match="open another"):
-        pool.submit(request(1))
-    pool.close()
-
-
-def test_an_error_inside_the_with_block_does_not_wait_for_the_queue() -> None:
-    runner, gate = gated_runner()
-    with pytest.raises(KeyError), Pool(runner, max_batch=1) as pool:  # noqa: PT012
-        answers = [occupy(pool, gate, 1), pool.submit(request(1))]
-        gate.let_go(1)
-        raise KeyError
-    assert isinstance(answers[1].exception(0), ClosedError) or answers[1].result(0)
-
-
-def test_a_callback_may_use_the_pool_and_close_it() -> None:
-    pool = Pool(numbered_runner())
-    closed = threading.Event()
-
-    def then(answer: Any) -> None:
-        pool.submit(request(3)).cancel()
-        pool.close()
-        closed.set()
-
-    pool.submit(request(1)).add_done_callback(then)
-    assert closed.wait(PATIENCE_S)
-    pool.close()
-
-
-def test_a_callback_that_raises_is_logged_and_disturbs_nobody(caplog: pytest.LogCaptureFixture) -> None:
-    runner, gate = gated_runner()
-    called: list[Any] = []
-    with Pool(runner, max_batch=2) as pool:
-        occupy(pool, gate)
-        answers = [pool.submit(request(n)) for n in (1, 3)]
-        answers[0].add_done_callback(lambda _: 1 / 0)
-        answers[0].add_done_callback(called.append)
-        answers[1].add_done_callback(called.append)
-        with pytest.raises(TimeoutError, match="may still come"):
-            answers[0].result(0)
-        gate.let_go(2)
-        assert [numbers_of(answer.result(PATIENCE_S)) for answer in answers] == [[1], [3]]
-    answers[0].add_done_callback(called.append)
-    assert called == [*answers, answers[0]]
-    assert "a callback of an answer failed" in caplog.text
-
-
-def test_a_broken_worker_leaves_nobody_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-    monkeypatch.setattr(threading, "excepthook", seen.append)
-    runner, gate = gated_runner()
-    pool = Pool(runner, max_batch=1, workers=2)
-    first = occupy(pool, gate)
-    second = pool.submit(request(STAYS))
-    gate.wait_begun()
-    third = pool.submit(request(STAYS))
-    monkeypatch.setattr(pool, "_settle", None)
-    gate.let_go(9)
-    assert all(isinstance(answer.exception(PATIENCE_S), ClosedError) for answer in (first, second, third))
-    pool.close()
-    assert seen
-
-
-def test_cancelling_a_task_takes_its_rows_out() -> None:
-    runner, gate = gated_runner()
-
-    async def ask(pool: Pool) -> None:
-        first = occupy(pool, gate)
-        with pytest.raises(TimeoutError):
-            await asyncio.wait_for(pool.submit(request(8)), 0.001)
-        task = asyncio.ensure_future(pool.submit(request(12)))
-        await asyncio.sleep(0)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        assert pool.num_rows == 1
-        gate.let_go(1)
-        assert numbers_of(await first) == [STAYS]
-        assert numbers_of(await first) == [STAYS]  # there already
-        refused = pool.submit(request(1), deadline_ms=-1)
-        with pytest.raises(DeadlineError):
-            await refused
-
-    with Pool(runner, max_batch=1) as pool:
-        asyncio.run(ask(pool))
-    assert rows_run(runner, 0) == [1]
-
-
-def test_whoever_awaits_a_cancelled_answer_is_told() -> None:
-    runner, gate = gated_runner()
-
-    async def ask(pool: Pool) -> None:
-        occupy(pool, gate)
-        answer = pool.submit(request(8))
-        waiters = [asyncio.ensure_future(answer) for _ in range(2)]
-        await asyncio.sleep(0)
-        threading.Thread(target=answer.cancel).start()
-        found = await asyncio.gather(*waiters, return_exceptions=True)
-        assert all(isinstance(error, asyncio.CancelledError) for error in found)
-        with pytest.raises(asyncio.CancelledError):
-            await answer
-        gate.let_go(1)
-
-    with Pool(runner, max_batch=1) as pool:
-        asyncio.run(ask(pool))
-
-
-def test_a_loop_that_is_gone_disturbs_nobody() -> None:
-    runner, gate = gated_runner()
-    kept: list[Any] = []
-
-    async def ask(pool: Pool) -> None:
-        kept.append(occupy(pool, gate))
-        waiter = kept[0].__await__()
-        next(waiter)  # registered, and the loop ends
-        kept.append(waiter)
-
-    with Pool(runner, max_batch=1) as pool:
-        asyncio.run(ask(pool))
-        gate.let_go(2)
-        assert numbers_of(kept[0].result(PATIENCE_S)) == [STAYS]
         assert numbers_of(pool.submit(request(1)).result(PATIENCE_S)) == [1]
 
 
