@@ -24,7 +24,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from chain_vs_uncut import EXITS, Inputs, make_encoder
+from chain_vs_uncut import Inputs, make_encoder
 from machine import describe_machine
 
 from offramp.export.capture import DEFAULT_OPSET, Example
@@ -35,6 +35,7 @@ from offramp.policy import Policy
 from offramp.runtime import Runner
 from offramp.runtime.timing import interleaved_ms
 
+EXITS = (2, 4, 6)
 MAX_LENGTH = 128
 CASES = ((32, 0), (32, MAX_LENGTH), (8, 0), (8, MAX_LENGTH), (1, 0))  # (batch, padded to; 0: to the longest)
 WARMUP = 2
@@ -64,7 +65,7 @@ def make_bundle(folder: Path, quick: bool) -> Path:
         dynamic={"input_ids": axes, "attention_mask": axes},
         ranges={"sequence": (1, MAX_LENGTH)},
     )
-    source = source_from_model("encoder", make_encoder(quick), example, DEFAULT_OPSET)
+    source = source_from_model("encoder", make_encoder(EXITS, quick), example, DEFAULT_OPSET)
     options = ExportOptions(precision="fp32")
     manifest = export_bundle(replace(source, calibration=batches), folder / "bundle", options, progress)
     assert manifest.trims, manifest.parity["trimming"]
