@@ -13,7 +13,9 @@ Requests are test sentences in their order, padded to the longest of their reque
 p99 - p50. A speedup is a quotient of means. Before anything is timed, every alternative must have answered all test
 rows as the policy says. Thresholds are chosen on validation sentences; accuracy is that of the test sentences. An INT8
 runner has the thresholds of FP32 in the table and its own in the frontier. torch's OpenMP threads sleep between
-regions (OMP_WAIT_POLICY), because spinning ones would slow whatever is timed next.
+regions (OMP_WAIT_POLICY), because spinning ones would slow whatever is timed next. Sessions of ONNX Runtime have all
+of its optimisations and the threads and spinning of offramp's engines; `uncut, offramp's session options` is what is
+left of the difference when the user knows them.
 """
 
 from __future__ import annotations
@@ -206,6 +208,7 @@ def main() -> None:
     parser.add_argument("--static-bundle", type=Path, default=DEMO / "static-bundle", help="a smaller model, no exits")
     parser.add_argument("--threads", default="1,2")
     parser.add_argument("--seconds", type=float, default=40.0, help="per number of threads and size of request")
+    parser.add_argument("--rows", type=int, help="only about so many rows: for trying out")
     parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out")
     parser.add_argument("--output", type=Path, help="also write this JSON file, and an .svg beside it")
     parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds: shows the script, no result")
@@ -218,7 +221,7 @@ def main() -> None:
         else:
             subject = demo_subject(options.bundle, options.checkpoint, options.static_bundle)
             plan = Plan(threads, options.seconds, not options.no_compile)
-        result = measure(subject, plan)
+        result = measure(subject.first_rows(options.rows) if options.rows else subject, plan)
     result = {"bench": "against_alternatives", "model": subject.name, "machine": machine} | result
     result["seconds"] = round(time.monotonic() - started)
     for number in result["threads"]:
@@ -227,7 +230,7 @@ def main() -> None:
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
         points = [Point(**point) for point in result["frontier"]]
-        title = f"{subject.name}, one row a request, {threads[-1]} threads, {machine['cpu']}"
+        title = f"{subject.name}, one row a request, CPU threads: {threads[-1]}, {machine['cpu']}"
         draw_frontier(points, options.output.with_suffix(".svg"), title, result["rows"])
     print(json.dumps(result))
 

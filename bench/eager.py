@@ -15,7 +15,8 @@ import torch
 from subject import Inputs, rows_of
 from torch import Tensor, nn
 
-from offramp.models.encoder import MASKED_SCORE, EarlyExitEncoder, embedded, mean_weights, pooled
+from offramp.models.encoder import MASKED_SCORE, EarlyExitEncoder, embedded
+from offramp.models.heads import Tokens, mean_weights
 from offramp.policy import Policy
 
 Answer = Callable[[Inputs], tuple[np.ndarray, np.ndarray]]  # inputs -> prediction (N,), exit_index (N,)
@@ -25,13 +26,14 @@ def exits_of(model: EarlyExitEncoder, input_ids: Tensor, attention_mask: Tensor)
     """The logits (N, C) of each exit in turn; no layer runs before somebody asks for an exit behind it."""
     kept = attention_mask[:, None, :].to(model.embeddings.word_embeddings.weight.dtype)  # (N, 1, T) in {0, 1}
     score_mask = (1.0 - kept)[:, None] * MASKED_SCORE  # (N, 1, 1, T)
-    token_weights = mean_weights(kept) if model.config.pooling == "mean" else None
+    tokens = Tokens(kept, mean_weights(kept))
     hidden = embedded(model.embeddings, input_ids)  # (N, T, d)
     heads = iter(model.heads)
-    for depth, layer in enumerate(model.layers, start=1):
-        hidden = layer(hidden, score_mask)
+    for depth in range(len(model.layers) + 1):
+        if depth > 0:
+            hidden = model.layers[depth - 1](hidden, score_mask)
         if depth in model.config.exits:
-            yield next(heads)(pooled(hidden, token_weights))
+            yield next(heads)(hidden, tokens)
 
 
 def row_by_row(model: EarlyExitEncoder, policy: Policy) -> Answer:
@@ -90,8 +92,7 @@ class Uncut(nn.Module):
         hidden = embedded(model.embeddings, input_ids)
         for layer in model.layers:
             hidden = layer(hidden, score_mask)
-        token_weights = mean_weights(kept) if model.config.pooling == "mean" else None
-        logits: Tensor = model.heads[-1](pooled(hidden, token_weights))
+        logits: Tensor = model.heads[-1](hidden, Tokens(kept, mean_weights(kept)))
         return logits
 
 

@@ -7,7 +7,7 @@ work. Both give requests with their labels; nothing is timed here.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,10 @@ class Subject:
     test: Dataset  # and judged here
     max_drops: tuple[float, ...]  # accuracy on validation that each point of the frontier may cost
 
+    def first_rows(self, num_rows: int) -> Subject:
+        """The same with about `num_rows` rows of validation and test, whole batches of them."""
+        return replace(self, validation=_first(self.validation, num_rows), test=_first(self.test, num_rows))
+
     @property
     def manifest(self) -> Manifest:
         return load_manifest(self.bundle)
@@ -45,6 +49,12 @@ class Subject:
         """The test rows in their order, `num_rows` a request, padded to the longest of the request."""
         rows = [row for batch in self.test.batches for row in rows_of(batch)]
         return [batch_of(rows[start : start + num_rows]) for start in range(0, len(rows), num_rows)]
+
+
+def _first(dataset: Dataset, num_rows: int) -> Dataset:
+    size = len(dataset.batches[0][MASK])
+    batches = dataset.batches[: max(1, num_rows // size)]
+    return Dataset(batches, dataset.labels[: sum(len(batch[MASK]) for batch in batches)])
 
 
 def rows_of(inputs: Inputs) -> list[Inputs]:
@@ -110,8 +120,9 @@ def _tiny_encoder(exits: tuple[int, ...] = (2, 4, 6)) -> Any:
         intermediate_size=64,
         max_position_embeddings=64,
     )
-    model = EarlyExitEncoder(BertModel(config, add_pooling_layer=False), EncoderConfig(exits=exits)).eval()
-    for head in model.heads:  # as sure of some rows as of others
+    heads = EncoderConfig(exits=exits, early_pooling="mean")
+    model = EarlyExitEncoder(BertModel(config, add_pooling_layer=False), heads).eval()
+    for head in model.heads:  # surer of some rows than of others
         for parameter in head.parameters():
             parameter.data *= 8
     return model

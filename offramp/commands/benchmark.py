@@ -125,7 +125,7 @@ def runner_answer(runner: Runner) -> Answer:
 
 
 def uncut_answer(bundle: Path, manifest: Manifest, threads: int) -> Answer:
-    """The whole model beside `bundle` with its final exit only, in one session with the engines' own settings."""
+    """The whole model beside `bundle` with its final exit only, all of ONNX Runtime's optimisations on."""
     return _session_answer(bundle, load_reference(bundle, manifest), manifest.exits[-1].name, threads)
 
 
