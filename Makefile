@@ -22,7 +22,7 @@ demo: $(VENV)/installed  ## train, export, build, calibrate and measure a real c
 	$(BIN)/python demo/demo.py
 
 test: $(VENV)/installed  ## all tests that need no GPU
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --dist loadfile
 
 check: $(VENV)/installed  ## ruff, mypy strict, import contracts
 	$(BIN)/ruff check .

@@ -230,7 +230,7 @@ def main() -> None:
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")
         points = [Point(**point) for point in result["frontier"]]
-        title = f"{subject.name}, one row a request, {threads[-1]} threads, {machine['cpu']}"
+        title = f"{subject.name}, one row a request, CPU threads: {threads[-1]}, {machine['cpu']}"
         draw_frontier(points, options.output.with_suffix(".svg"), title, result["rows"])
     print(json.dumps(result))
 

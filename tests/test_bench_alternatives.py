@@ -10,8 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from transformers import BertConfig, BertModel
 
 from offramp.commands.uncut import load_reference
+from offramp.models.encoder import EarlyExitEncoder, EncoderConfig
 from offramp.policy import Policy
 from offramp.runtime import Runner
 from offramp.runtime.onnxruntime_engine import open_session
@@ -88,6 +91,19 @@ def test_a_graph_of_ifs_holds_every_weight_once(subject: Subject) -> None:
     model = if_graph(whole, exits, 2, policy_of("both exits open"))
     assert abs(model.ByteSize() - whole.ByteSize()) < 0.1 * whole.ByteSize()
     assert sum(node.op_type == "If" for node in model.graph.node) == 1
+
+
+@pytest.mark.parametrize("config", [EncoderConfig(), EncoderConfig(exits=(1, 3), pooling="cls", early_pooling="mean")])
+def test_the_eager_loop_is_the_model(config: EncoderConfig) -> None:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "num_attention_heads": 2, "intermediate_size": 64, "num_hidden_layers": 6}
+    model = EarlyExitEncoder(BertModel(BertConfig(vocab_size=50, **sizes), add_pooling_layer=False), config).eval()
+    ids, mask = torch.arange(24).reshape(2, 12), (torch.arange(12) < torch.tensor([[12], [7]])).long()
+    with torch.inference_mode():
+        expected = model(ids, mask)
+        for said, logits in zip(eager.exits_of(model, ids, mask), expected, strict=True):
+            assert torch.equal(said, logits)
+        assert torch.equal(eager.Uncut(model)(ids, mask), expected[-1])
 
 
 @pytest.mark.parametrize("name", POLICIES)

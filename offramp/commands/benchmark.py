@@ -124,8 +124,13 @@ def runner_answer(runner: Runner) -> Answer:
 
 
 def uncut_answer(bundle: Path, manifest: Manifest, threads: int) -> Answer:
+<<<<<<< HEAD
     """The whole model beside `bundle` with its final exit only, in one session as a user would open it."""
     return _session_answer(load_reference(bundle, manifest), manifest.exits[-1].name, threads)
+=======
+    """The whole model beside `bundle` with its final exit only, all of ONNX Runtime's optimisations on."""
+    return _session_answer(bundle, load_reference(bundle, manifest), manifest.exits[-1].name, threads)
+>>>>>>> refs/heads/bench
 
 
 def reference_answers(bundle: Path, manifest: Manifest, threads: int) -> dict[str, Answer]:
