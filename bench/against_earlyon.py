@@ -33,12 +33,13 @@ from machine import describe_machine
 from timed import progress, time_requests
 from torch import Tensor, nn
 
-from offramp.commands.uncut import load_reference, open_usual, uncut_model
+from offramp.commands.uncut import load_reference, uncut_model
 from offramp.export.capture import DEFAULT_OPSET, Example
 from offramp.export.export_bundle import ExportOptions, export_bundle
 from offramp.export.source import source_from_model
 from offramp.policy import Policy
 from offramp.runtime import Runner
+from offramp.runtime.onnxruntime_engine import open_session
 from offramp.tuning.calibrate import CalibrateOptions, calibrate
 
 NEEDED = ("earlyon", "sklearn")
@@ -143,7 +144,7 @@ def answers_of(peer: Peer, bundle: Path, own: Runner, same: Runner) -> dict[str,
     manifest = own.manifest
     final = len(manifest.exits) - 1
     model = uncut_model(load_reference(bundle, manifest), manifest.exits[-1].name)
-    session = open_usual(model, THREADS)
+    session = open_session(model.SerializeToString(), THREADS, "uncut", left_out=())
 
     def uncut(inputs: Any) -> Rows:
         prediction = session.run(None, inputs)[0].argmax(1)

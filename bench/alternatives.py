@@ -19,7 +19,7 @@ from onnxruntime import InferenceSession
 from subject import Inputs, Subject
 
 from offramp.bundle import SCORES, load_manifest, read_policy
-from offramp.commands.uncut import load_reference, open_usual, uncut_model
+from offramp.commands.uncut import load_reference, uncut_model
 from offramp.errors import OfframpError
 from offramp.policy import Policy
 from offramp.runtime import Runner
@@ -103,18 +103,14 @@ def _in_onnxruntime(subject: Subject, policy: Policy, threads: int) -> list[Alte
     manifest = subject.manifest
     whole = load_reference(subject.bundle, manifest)
     exits = [spec.name for spec in manifest.exits]
-<<<<<<< HEAD
-    found = [uncut_alternative(subject, threads), _tuned(whole, exits[-1], threads, len(exits) - 1)]
-=======
     uncut_content = uncut_model(whole, exits[-1]).SerializeToString()
     tuned = open_session(uncut_content, threads, "the uncut model")
     found = [
         uncut_alternative(subject, threads),
         Alternative(TUNED, FINAL_EXIT, _answer_of(tuned, len(exits) - 1)),
     ]
->>>>>>> refs/heads/bench
     deciding = if_graph(whole, exits, manifest.exits[0].num_classes, policy)
-    session = open_usual(deciding, threads)
+    session = open_session(deciding.SerializeToString(), threads, "the graph with Ifs", left_out=())
     outputs = [value.name for value in deciding.graph.output]
     assert outputs == [f"{LOGITS}_0", f"{EXIT_INDEX}_0"]
 
@@ -136,25 +132,12 @@ def uncut_alternative(subject: Subject, threads: int) -> Alternative:
     return Alternative(UNCUT, FINAL_EXIT, _session_answer(whole, manifest.exits[-1].name, threads, final))
 
 
-<<<<<<< HEAD
-def _tuned(whole: ModelProto, final: str, threads: int, exit_index: int) -> Alternative:
-    """The uncut model with the session options that offramp found faster."""
-    session = open_session(uncut_model(whole, final).SerializeToString(), threads, "the uncut model")
-    return Alternative(TUNED, FINAL_EXIT, _answer_of(session, exit_index))
-
-
-def _session_answer(whole: ModelProto, exit_name: str, threads: int, exit_index: int) -> Answer:
-    return _answer_of(open_usual(uncut_model(whole, exit_name), threads), exit_index)
-
-
-=======
 def _session_answer(whole: ModelProto, exit_name: str, threads: int, exit_index: int) -> Answer:
     model = uncut_model(whole, exit_name)
     session = open_session(model.SerializeToString(), threads, f"the graph up to {exit_name}", left_out=())
     return _answer_of(session, exit_index)
 
 
->>>>>>> refs/heads/bench
 def _answer_of(session: InferenceSession, exit_index: int) -> Answer:
     def answer(inputs: Inputs) -> tuple[np.ndarray, np.ndarray]:
         (logits,) = session.run(None, inputs)

@@ -15,12 +15,7 @@ import torch
 from subject import Inputs, rows_of
 from torch import Tensor, nn
 
-<<<<<<< HEAD
 from offramp.models.encoder import EarlyExitEncoder
-=======
-from offramp.models.encoder import MASKED_SCORE, EarlyExitEncoder, embedded
-from offramp.models.heads import Tokens, mean_weights
->>>>>>> refs/heads/bench
 from offramp.policy import Policy
 
 Answer = Callable[[Inputs], tuple[np.ndarray, np.ndarray]]  # inputs -> prediction (N,), exit_index (N,)
@@ -28,21 +23,8 @@ Answer = Callable[[Inputs], tuple[np.ndarray, np.ndarray]]  # inputs -> predicti
 
 def exits_of(model: EarlyExitEncoder, input_ids: Tensor, attention_mask: Tensor) -> Iterator[Tensor]:
     """The logits (N, C) of each exit in turn; no layer runs before somebody asks for an exit behind it."""
-<<<<<<< HEAD
     for head, (hidden, tokens) in zip(model.heads, model.states(input_ids, attention_mask), strict=False):
         yield head(hidden, tokens)
-=======
-    kept = attention_mask[:, None, :].to(model.embeddings.word_embeddings.weight.dtype)  # (N, 1, T) in {0, 1}
-    score_mask = (1.0 - kept)[:, None] * MASKED_SCORE  # (N, 1, 1, T)
-    tokens = Tokens(kept, mean_weights(kept))
-    hidden = embedded(model.embeddings, input_ids)  # (N, T, d)
-    heads = iter(model.heads)
-    for depth in range(len(model.layers) + 1):
-        if depth > 0:
-            hidden = model.layers[depth - 1](hidden, score_mask)
-        if depth in model.config.exits:
-            yield next(heads)(hidden, tokens)
->>>>>>> refs/heads/bench
 
 
 def row_by_row(model: EarlyExitEncoder, policy: Policy) -> Answer:
@@ -95,18 +77,8 @@ class Uncut(nn.Module):
         self.model = model
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-<<<<<<< HEAD
         *_, (hidden, tokens) = self.model.states(input_ids, attention_mask)
         logits: Tensor = self.model.heads[-1](hidden, tokens)
-=======
-        model = self.model
-        kept = attention_mask[:, None, :].to(model.embeddings.word_embeddings.weight.dtype)
-        score_mask = (1.0 - kept)[:, None] * MASKED_SCORE
-        hidden = embedded(model.embeddings, input_ids)
-        for layer in model.layers:
-            hidden = layer(hidden, score_mask)
-        logits: Tensor = model.heads[-1](hidden, Tokens(kept, mean_weights(kept)))
->>>>>>> refs/heads/bench
         return logits
 
 

@@ -120,14 +120,9 @@ def _tiny_encoder(exits: tuple[int, ...] = (2, 4, 6)) -> Any:
         intermediate_size=64,
         max_position_embeddings=64,
     )
-<<<<<<< HEAD
-    model = EarlyExitEncoder(BertModel(config, add_pooling_layer=False), EncoderConfig(exits=exits, early_pooling="mean")).eval()
-    for head in model.heads:  # as sure of some rows as of others
-=======
     heads = EncoderConfig(exits=exits, early_pooling="mean")
     model = EarlyExitEncoder(BertModel(config, add_pooling_layer=False), heads).eval()
     for head in model.heads:  # surer of some rows than of others
->>>>>>> refs/heads/bench
         for parameter in head.parameters():
             parameter.data *= 8
     return model

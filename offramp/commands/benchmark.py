@@ -13,11 +13,12 @@ from onnx import ModelProto
 
 from offramp.bundle import Manifest
 from offramp.commands.dataset import Inputs, load_dataset
-from offramp.commands.uncut import load_reference, open_usual, uncut_model
+from offramp.commands.uncut import load_reference, uncut_model
 from offramp.errors import OptionError
 from offramp.export.export_bundle import reference_path
 from offramp.policy import Policy
 from offramp.runtime import Runner
+from offramp.runtime.onnxruntime_engine import open_session
 from offramp.runtime.timing import interleaved_ms, summary
 from offramp.trace import UNKNOWN
 
@@ -124,13 +125,8 @@ def runner_answer(runner: Runner) -> Answer:
 
 
 def uncut_answer(bundle: Path, manifest: Manifest, threads: int) -> Answer:
-<<<<<<< HEAD
-    """The whole model beside `bundle` with its final exit only, in one session as a user would open it."""
-    return _session_answer(load_reference(bundle, manifest), manifest.exits[-1].name, threads)
-=======
     """The whole model beside `bundle` with its final exit only, all of ONNX Runtime's optimisations on."""
     return _session_answer(bundle, load_reference(bundle, manifest), manifest.exits[-1].name, threads)
->>>>>>> refs/heads/bench
 
 
 def reference_answers(bundle: Path, manifest: Manifest, threads: int) -> dict[str, Answer]:
@@ -138,11 +134,13 @@ def reference_answers(bundle: Path, manifest: Manifest, threads: int) -> dict[st
     whole = load_reference(bundle, manifest)
     names = {"uncut": manifest.exits[-1].name}
     names |= {f"cut at exit {k}": spec.name for k, spec in enumerate(manifest.exits[:-1])}
-    return {name: _session_answer(whole, output, threads) for name, output in names.items()}
+    return {name: _session_answer(bundle, whole, output, threads) for name, output in names.items()}
 
 
-def _session_answer(whole: ModelProto, output: str, threads: int) -> Answer:
-    session = open_usual(uncut_model(whole, output), threads)
+def _session_answer(bundle: Path, whole: ModelProto, output: str, threads: int) -> Answer:
+    model = uncut_model(whole, output)
+    # All of ONNX Runtime's optimisations, as who does not use offramp has them; threads as the engines have them.
+    session = open_session(model.SerializeToString(), threads, str(reference_path(bundle)), left_out=())
     return lambda inputs: np.asarray(session.run(None, inputs)[0]).argmax(axis=1)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import onnx
 from onnx import ModelProto
@@ -12,10 +11,6 @@ from offramp.bundle import Manifest, file_record
 from offramp.errors import BundleError
 from offramp.export.export_bundle import WHOLE, reference_path
 from offramp.export.graph import GraphView
-from offramp.runtime.onnxruntime_engine import CRASHING_OPTIMIZER, open_session
-
-if TYPE_CHECKING:
-    import onnxruntime
 
 
 def load_reference(bundle: Path, manifest: Manifest) -> ModelProto:
@@ -40,12 +35,3 @@ def uncut_model(whole: ModelProto, final: str) -> ModelProto:
     model.graph.node.extend(view.nodes[index] for index in sorted(nodes))
     model.graph.output.extend(value for value in whole.graph.output if value.name == final)
     return model
-
-
-def open_usual(model: ModelProto, threads: int) -> onnxruntime.InferenceSession:
-    """A session for a model in FP32 as a user would open it, but for the threads and spinning of the runtime's engine.
-
-    All optimisations of ONNX Runtime are on, one excepted that kills the process where there are FP16 weights
-    (microsoft/onnxruntime#26717) and does nothing elsewhere.
-    """
-    return open_session(model.SerializeToString(), threads, "the uncut model", [CRASHING_OPTIMIZER])

@@ -32,10 +32,9 @@ from offramp.runtime.engine import SegmentOutput
 # Default optimisation of a graph with FP16 initialisers kills the process on the CPU
 # (microsoft/onnxruntime#26717). A graph made elsewhere may hold some whatever its precision is called, so
 # it is off for all.
-CRASHING_OPTIMIZER = "FuseFp16InitializerToFp32NodeTransformer"
 # Its fused SkipLayerNormalization takes twice the time of an addition and a LayerNormalization: without it an encoder
 # is 7 % faster on one thread, 2 to 5 % on two (bench/results, docs/log.md).
-_DISABLED_OPTIMIZERS = (CRASHING_OPTIMIZER, "SkipLayerNormFusion")
+_DISABLED_OPTIMIZERS = ("FuseFp16InitializerToFp32NodeTransformer", "SkipLayerNormFusion")
 _DTYPES = {  # ONNX Runtime's name of a tensor type -> numpy's
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
