@@ -38,7 +38,14 @@ class Line:
 
 
 lines = st.lists(
-    st.builds(Line, st.integers(0, 4), st.integers(1, 12), st.floats(0, 100), st.sampled_from([1, 8]), st.just(20.0)),
+    st.builds(
+        Line,
+        st.integers(0, 4),
+        st.integers(1, 12),
+        st.integers(0, 100).map(float),
+        st.sampled_from([1, 8]),
+        st.just(20.0),
+    ),
     max_size=6,
 )
 
