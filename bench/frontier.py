@@ -26,20 +26,7 @@ from offramp.tuning.replay import accuracy, mean_depth, replay
 CURVES = {"fp32": OFFRAMP, "int8": INT8}
 _MARKERS = {OFFRAMP: ("o", "-", "black"), INT8: ("s", "--", "dimgrey")}
 # Where a label may stand beside its point, in points; the first place where it covers nothing is taken.
-_PLACES = [
-    (7, 5),
-    (7, -12),
-    (-7, 5),
-    (-7, -12),
-    (9, -3),
-    (-9, -3),
-    (0, 12),
-    (0, -18),
-    (12, 20),
-    (-12, 20),
-    (12, -28),
-    (-12, -28),
-]
+_PLACES = [(dx, dy) for dy in (8, -12, 22, -26, 36, -40, 50, -54) for dx in (8, -8, 0)]  # points, the nearest first
 
 
 class Point(NamedTuple):
@@ -169,7 +156,9 @@ def _place_labels(figure: Any, axes: Any, points: Sequence[Point]) -> None:
             box = label.get_window_extent(renderer).padded(2)
             inside = axes.bbox.x0 < box.x0 and box.x1 < axes.bbox.x1 and axes.bbox.y0 < box.y0 and box.y1 < axes.bbox.y1
             hits = (
-                sum(box.contains(x, y) for x, y in at) + sum(box.overlaps(other) for other in taken) + 9 * (not inside)
+                sum(box.contains(x, y) for x, y in at)
+                + 5 * sum(box.overlaps(other) for other in taken)
+                + 9 * (not inside)
             )
             if best is None or hits < best[0]:
                 if best is not None:
