@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from onnx import ModelProto
+from onnx import ModelProto, TensorProto
 
 from offramp.bundle import (
     INVERSE_TEMPERATURE,
@@ -30,10 +30,10 @@ from offramp.errors import CaptureError, CutError, OptionError, StorageError
 from offramp.export.attention import fused_from_segment
 from offramp.export.chain import Arrays, Chain
 from offramp.export.cut import CutModel, segments_from_graph
-from offramp.export.graph import GraphView
-from offramp.export.lower import fp16_from_segment, fp16_weight_share
+from offramp.export.graph import GraphView, weight_share
+from offramp.export.lower import fp16_from_segment
 from offramp.export.probe import run_tensors
-from offramp.export.quantize import int8_from_segment, int8_weight_share
+from offramp.export.quantize import int8_from_segment
 from offramp.export.sizes import resize_inputs
 from offramp.export.source import ModelSource
 from offramp.export.trim import verified_trims
@@ -172,7 +172,7 @@ def _fp16(cut: CutModel, feeds: Sequence[Sequence[Arrays]], progress: Progress) 
     for segment in cut.segments:
         progress(f"lowering segment {segment.index} to FP16")
         lowered.append(fp16_from_segment(segment.model, feeds[segment.index]))
-    return lowered, [fp16_weight_share(model) for model in lowered], []
+    return lowered, [weight_share(model, TensorProto.FLOAT16) for model in lowered], []
 
 
 def _int8(cut: CutModel, feeds: Sequence[Sequence[Arrays]], progress: Progress) -> _Found:
@@ -181,7 +181,7 @@ def _int8(cut: CutModel, feeds: Sequence[Sequence[Arrays]], progress: Progress) 
         progress(f"lowering segment {segment.index} to INT8")
         lowered.append(int8_from_segment(segment.model, feeds[segment.index], progress))
     models = [found.model for found in lowered]
-    return models, [int8_weight_share(model) for model in models], [found.unusual for found in lowered]
+    return models, [weight_share(model, TensorProto.INT8) for model in models], [found.unusual for found in lowered]
 
 
 _LOWERINGS = {"fp16": _fp16, "int8": _int8}

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from math import prod
 
 import onnx
-from onnx import GraphProto, ModelProto, NodeProto
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto
 
 # Operators whose output's size is decided by values, and those that take it as an operand (input position).
 _SIZED_BY_DATA = frozenset({"NonZero", "Unique", "Compress", "NonMaxSuppression", "If", "Loop", "SequenceAt"})
@@ -167,6 +168,15 @@ def _rename_in_place(node: NodeProto, names: Mapping[str, str]) -> None:
             _rename_in_place(inner, names)
         for value in (*graph.input, *graph.output, *graph.value_info, *graph.initializer):
             value.name = names.get(value.name, value.name)
+
+
+def weight_share(model: ModelProto, data_type: int) -> float:
+    """Share, in elements, of the stored weights that are of `data_type` and not in FP32."""
+    counts = {TensorProto.FLOAT: 0, data_type: 0}
+    for tensor in model.graph.initializer:
+        if tensor.data_type in counts:
+            counts[tensor.data_type] += prod(tensor.dims)
+    return counts[data_type] / max(1, sum(counts.values()))
 
 
 def describe_node(node: NodeProto) -> str:

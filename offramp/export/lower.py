@@ -86,15 +86,6 @@ def _suspects(model: ModelProto) -> str:
     return f" (AutoCast may not convert {', '.join(found)})" if found else ""
 
 
-def fp16_weight_share(model: ModelProto) -> float:
-    """Share, in elements, of the floating-point weights that are stored in FP16."""
-    counts = {TensorProto.FLOAT: 0, TensorProto.FLOAT16: 0}
-    for tensor in model.graph.initializer:
-        if tensor.data_type in counts:
-            counts[tensor.data_type] += int(np.prod(tensor.dims))
-    return counts[TensorProto.FLOAT16] / max(1, sum(counts.values()))
-
-
 def _normalised(lowered: ModelProto, original: ModelProto) -> ModelProto:
     """`lowered` with the original's name, inputs and outputs, and in an order that does not change from run to run."""
     lowered.graph.name = original.graph.name

@@ -104,15 +104,6 @@ def int8_from_segment(model: ModelProto, feeds: Sequence[Arrays], progress: Prog
     return Quantized(_quantized(model, products, ranges, treatments), treatments, errors)
 
 
-def int8_weight_share(model: ModelProto) -> float:
-    """Share, in elements, of the floating-point and INT8 weights that are stored in INT8."""
-    counts = {TensorProto.FLOAT: 0, TensorProto.INT8: 0}
-    for tensor in model.graph.initializer:
-        if tensor.data_type in counts:
-            counts[tensor.data_type] += int(np.prod(tensor.dims))
-    return counts[TensorProto.INT8] / max(1, sum(counts.values()))
-
-
 def products_from_graph(model: ModelProto) -> list[Product]:
     """The products with constant weights that are large enough to gain, in the order of the graph."""
     view = GraphView(model)

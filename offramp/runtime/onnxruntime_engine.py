@@ -33,7 +33,7 @@ from offramp.runtime.engine import SegmentOutput
 # (microsoft/onnxruntime#26717). A graph made elsewhere may hold some whatever its precision is called, so
 # it is off for all.
 # Its fused SkipLayerNormalization takes twice the time of an addition and a LayerNormalization: without it an encoder
-# is 7 % faster on one thread, 2 to 5 % on two (bench/results, docs/log.md).
+# is 2 to 9 % faster with two threads (tuned_ratio in bench/results/chain_vs_uncut.json).
 _DISABLED_OPTIMIZERS = ("FuseFp16InitializerToFp32NodeTransformer", "SkipLayerNormFusion")
 _DTYPES = {  # ONNX Runtime's name of a tensor type -> numpy's
     "tensor(float)": "float32",

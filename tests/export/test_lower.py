@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from onnx import TensorProto, helper, numpy_helper
 
-from offramp.export.lower import fp16_from_segment, fp16_weight_share
+from offramp.export.graph import weight_share
+from offramp.export.lower import fp16_from_segment
 
 
 def test_large_token_ids_do_not_keep_their_table_in_fp32() -> None:
@@ -24,4 +25,4 @@ def test_large_token_ids_do_not_keep_their_table_in_fp32() -> None:
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     lowered = fp16_from_segment(model, [{"ids": np.array([29_999, 7, 25_000])}])
-    assert fp16_weight_share(lowered) == 1.0
+    assert weight_share(lowered, TensorProto.FLOAT16) == 1.0

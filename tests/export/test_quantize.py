@@ -17,7 +17,8 @@ from offramp.export.build_engine import BuildOptions
 from offramp.export.capture import DEFAULT_OPSET
 from offramp.export.chain import open_session
 from offramp.export.export_bundle import ExportOptions, export_bundle
-from offramp.export.quantize import Quantized, int8_from_segment, int8_weight_share, products_from_graph
+from offramp.export.graph import weight_share
+from offramp.export.quantize import Quantized, int8_from_segment, products_from_graph
 from offramp.export.source import source_from_onnx
 from offramp.policy import Policy
 from offramp.runtime import Runner
@@ -87,7 +88,7 @@ def test_one_activation_is_quantized_once_for_all_that_read_it() -> None:
     assert {t.data_type for t in found.model.graph.initializer if t.dims and t.name.endswith("weights")} == {
         TensorProto.INT8
     }
-    assert int8_weight_share(found.model) > 0.95
+    assert weight_share(found.model, TensorProto.INT8) > 0.95
 
 
 def test_gemm_in_every_form() -> None:

@@ -76,6 +76,7 @@ def test_order_passes_on_from_stream_to_stream_and_through_the_host() -> None:
     bench.device.wait(bench.event)  # and with it for the upload in the other stream
     bench.pinned.write(0, np.zeros(4, np.float32))
     bench.device.fill(bench.source, 0, bench.one)
+    assert bench.finished(bench.target) == [1, 2, 3, 4]
 
 
 def read_too_early(bench: Bench) -> None:
