@@ -1,0 +1,176 @@
+"""Commands that make a bundle: train, export, build-engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from offramp.command_line.options import (
+    BUNDLE,
+    JSON,
+    names_from_text,
+    print_result,
+    steps_on_stderr,
+)
+from offramp.errors import OptionError
+
+POOLING = click.Choice(["window", "mean", "cls"])  # window: a small network over every token and its neighbours
+
+
+@click.command()
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Checkpoint directory to write.")
+@click.option("--data", default="rotten-tomatoes", show_default=True, help="rotten-tomatoes, or a .csv/.jsonl file.")
+@click.option("--encoder", default="", help="Directory of a pretrained BertModel.  [default: MiniLM-L6]")
+@click.option(
+    "--exits",
+    default="0,2,4,6",
+    show_default=True,
+    help="Exits after these layers (0: the embeddings); the last is final.",
+)
+@click.option("--pooling", type=POOLING, default="mean", show_default=True, help="What the final exit reads.")
+@click.option("--early-pooling", type=POOLING, default="window", show_default=True, help="What the other exits read.")
+@click.option("--unlabelled", default="", help="imdb, or a .csv/.jsonl file.  [default: imdb with rotten-tomatoes]")
+@click.option("--epochs", default=2, show_default=True)
+@click.option(
+    "--distil-epochs",
+    default=1,
+    show_default=True,
+    help="Then train the early exits alone, on labelled texts and on what the final exit answers to unlabelled ones.",
+)
+@click.option("--batch-size", default=32, show_default=True)
+@click.option("--encoder-lr", default=1e-4, show_default=True)
+@click.option("--head-lr", default=1e-3, show_default=True)
+@click.option("--early-weight", default=0.3, show_default=True, help="Loss weight of early exits; the final one has 1.")
+@click.option("--max-length", default=128, show_default=True, help="Longer texts are cut to this many tokens.")
+@click.option("--seed", default=0, show_default=True)
+@click.option("--resume", is_flag=True, help="Go on with an interrupted run in OUTPUT, with its options.")
+@JSON
+def train(output: Path, resume: bool, as_json: bool, **options: Any) -> None:
+    """Train an encoder classifier with exits: all exits together (joint weighted loss), then the early ones alone."""
+    # Read when torch is imported: spinning threads cost 3 to 6 times the time beside any other work (docs/log.md).
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from offramp.commands.training import TrainRequest, train_checkpoint
+
+    report = train_checkpoint(output, TrainRequest(**options), resume, progress=not as_json)
+    exits = [f"{accuracy:.3f}" for accuracy in report.validation_accuracy]
+    text = f"{output}: validation accuracy per exit {' '.join(exits)}, {report.seconds:.0f} s"
+    print_result(as_json, dataclasses.asdict(report), [text, f"next: offramp export {output} -o BUNDLE"])
+
+
+@click.command()
+@click.argument("model")
+@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle directory to write.")
+@click.option("--exits", default="", help="Outputs that are exits, in order of depth: logits_1,logits_2,…")
+@click.option("--learned", default="", help="Outputs with the exits' learned confidences: conf_1,conf_2; - for none.")
+@click.option("--opset", default=20, show_default=True, help="ONNX opset to capture at.")
+@click.option(
+    "--precision",
+    default="fp16",
+    show_default=True,
+    help="fp32, fp16 (for TensorRT), int8 (for CPUs), or several: fp16,int8. FP32 graphs are always written.",
+)
+@click.option("--atol", default=2e-2, show_default=True, help="Absolute difference allowed between FP16 and FP32.")
+@click.option("--rtol", default=1e-2, show_default=True, help="Relative difference allowed between FP16 and FP32.")
+@click.option(
+    "--calibration-data", default="", help="Real inputs for FP16, INT8: .npz, Polygraphy .json, .csv/.jsonl texts."
+)
+@click.option("--dimension", multiple=True, metavar="NAME=MIN:MAX", help="Range of a dynamic dimension of an .onnx.")
+@JSON
+def export(model: str, output: Path, exits: str, precision: str, as_json: bool, **options: Any) -> None:
+    """Cut MODEL at its exits into a bundle: one verified graph per segment, in FP32 and what --precision says.
+
+    MODEL is a checkpoint directory of `offramp train`, package.module:factory returning (nn.Module, Example), or
+    an .onnx file whose outputs named by --exits are the exits and whose inputs have the rows on axis 0. Exits may have
+    a learned confidence, the probability that they are right: a torch model returns it, for an .onnx pass --learned.
+    """
+    from offramp.commands.sources import source_from_argument
+    from offramp.export.export_bundle import ExportOptions, check_target, export_bundle
+
+    lowering = ExportOptions(precision, options["atol"], options["rtol"])
+    check_target(output)
+    steps = steps_on_stderr(not as_json)
+    steps("capturing")
+    ranges = _dimension_ranges(options["dimension"])
+    learned = names_from_text(options["learned"])
+    source = source_from_argument(
+        model, names_from_text(exits), options["opset"], options["calibration_data"], ranges, learned
+    )
+    manifest = export_bundle(source, output, lowering, steps)
+    from offramp.commands.inspection import describe_bundle
+
+    lines = [f"{output}: {len(manifest.segments)} segments, verified on {manifest.parity['rows']} rows"]
+    print_result(as_json, describe_bundle(output), [*lines, f"next: offramp build-engine {output}"])
+
+
+@click.command("build-engine")
+@BUNDLE
+@click.option("--backend", type=click.Choice(["tensorrt", "tensorrt-rtx"]), default="tensorrt-rtx", show_default=True)
+@click.option("--precision", default="fp16", show_default=True, help="fp16 or fp32.")
+@click.option("--min-shapes", default="", metavar="NAME:1x64,…", help="Smallest shapes of the model's inputs.")
+@click.option("--opt-shapes", default="", metavar="NAME:1x64,…", help="Shapes to optimise for.")
+@click.option("--max-shapes", default="", metavar="NAME:8x64,…", help="Largest shapes.")
+@click.option("--workspace", default=0, show_default="no limit", metavar="MiB", help="Scratch memory for the builder.")
+@click.option("--timing-cache", type=click.Path(path_type=Path), help="File with kernel timings to reuse (tensorrt).")
+@click.option("--opt-level", default=3, show_default=True, help="Builder effort, 0 to 5.")
+@click.option("--compute-capability", default="", metavar="8.6,8.9", help="GPUs to build for (tensorrt-rtx).")
+@click.option("--hardware-compat", is_flag=True, help="Run on Ampere and every later GPU (tensorrt).")
+@click.option("--version-compatible", is_flag=True, help="Run on later TensorRT versions too (tensorrt).")
+@click.option("--force", is_flag=True, help="Build even where a plan with the same key is there.")
+@click.option("--dry-run", is_flag=True, help="Say what would be built, and write nothing.")
+@JSON
+def build_engine(bundle: Path, as_json: bool, **options: Any) -> None:
+    """Build one TensorRT engine per segment; tensorrt-rtx needs no GPU.
+
+    Each finished plan is recorded at once, so an interrupted build goes on where it stopped.
+    """
+    from offramp.export.build_engine import BuildOptions, build_engines
+    from offramp.export.build_progress import progress_bars
+    from offramp.export.profile import shapes_from_text
+    from offramp.export.tensorrt_builder import BuilderOptions
+
+    builder = BuilderOptions(
+        backend=options["backend"],
+        workspace_mib=options["workspace"],
+        timing_cache=options["timing_cache"],
+        opt_level=options["opt_level"],
+        compute_capabilities=names_from_text(options["compute_capability"]),
+        hardware_compat=options["hardware_compat"],
+        version_compatible=options["version_compatible"],
+    )
+    build = BuildOptions(
+        precision=options["precision"],
+        min_shapes=shapes_from_text(options["min_shapes"], "--min-shapes"),
+        opt_shapes=shapes_from_text(options["opt_shapes"], "--opt-shapes"),
+        max_shapes=shapes_from_text(options["max_shapes"], "--max-shapes"),
+        builder=builder,
+        force=options["force"],
+        dry_run=options["dry_run"],
+    )
+    with progress_bars(not as_json) as show:
+        report = build_engines(bundle, build, show)
+    lines = [
+        f"segment {found.segment}: {found.action} {found.path}, {found.bytes / 1e6:.1f} MB, "
+        f"{found.fp16_share:.0%} of layers in FP16, {found.seconds:.1f} s"
+        for found in report.segments
+    ]
+    print_result(
+        as_json, dataclasses.asdict(report), [f"{report.backend} {report.version}, {report.precision}", *lines]
+    )
+
+
+def _dimension_ranges(texts: Iterable[str]) -> dict[str, Any]:
+    from offramp.bundle import DimensionSpec
+
+    ranges = {}
+    for text in texts:
+        name, _, span = text.partition("=")
+        low, _, high = span.partition(":")
+        if not (name and low.isdecimal() and high.isdecimal() and 0 < int(low) <= int(high)):
+            raise OptionError(f"--dimension: got {text!r}, expected NAME=MIN:MAX such as sequence=1:128")
+        ranges[name] = DimensionSpec(int(low), int(high))
+    return ranges
