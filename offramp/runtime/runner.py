@@ -83,6 +83,7 @@ class Runner:
         self.manifest = manifest
         self.backend = backend
         self.precision = precision
+        self.files: tuple[str, ...] = ()  # E: SHA-256 of the graph or plan that each segment runs; fakes have none
         self._text: TextEncoder | None = None
         self._is_closed = False
         limits = manifest.dimensions.get(ROWS)
@@ -114,6 +115,7 @@ class Runner:
         tokenizer = read_file(path, manifest.text.tokenizer) if manifest.text else b""
         opened = open_engines(path, manifest, EngineOptions(backend, precision, threads, tensorrt))
         runner = cls(opened.engines, opened.manifest, chosen, backend=opened.backend, precision=opened.precision)
+        runner.files = opened.files
         if manifest.text:
             runner._text = TextEncoder(tokenizer, manifest.text, opened.manifest)
         return runner
