@@ -21,6 +21,7 @@ from offramp.storage import remove_file, write_file
 SCHEMA = 2  # 2 added ExitSpec.learned and Manifest.trims
 MANIFEST = "manifest.json"
 POLICY = "policy.json"
+CERTIFICATE = "certificate.json"
 ROWS = "rows"  # dimension name of the row axis, and name of the input with the rows that go on
 PREVIOUS_ROWS = "previous_rows"  # leading dimension of a carried tensor as it comes in
 INVERSE_TEMPERATURE = "inverse_temperature"
@@ -218,11 +219,22 @@ def read_policy(bundle: Path, manifest: Manifest) -> bytes:
     return content
 
 
-def replace_policy(bundle: Path, content: bytes) -> None:
-    """Replace `policy.json`; at every moment the manifest accepts the policy that is on disk.
+def read_certificate(bundle: Path) -> bytes:
+    """The bytes of `certificate.json`, which names by their hashes what it holds for; b"" without one."""
+    try:
+        return (bundle / CERTIFICATE).read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as exc:
+        raise CorruptError(f"reading {bundle / CERTIFICATE}: {exc}; run `offramp calibrate {bundle}` again") from exc
 
-    The manifest first accepts both the old and the new hash, then the file is swapped, then the manifest
-    accepts only the new one: an interruption anywhere leaves a whole bundle. Raises StorageError.
+
+def replace_policy(bundle: Path, content: bytes, certificate: bytes = b"") -> None:
+    """Replace `policy.json`, and `certificate.json` by the one of the new policy, or by none.
+
+    At every moment the manifest accepts the policy that is on disk: it first accepts both the old and the new hash,
+    then the file is swapped, then it accepts only the new one. The certificate follows: an interruption before that
+    leaves one that names another policy, which is as good as none. Raises StorageError.
     """
     manifest = load_manifest(bundle)
     sha256 = hashlib.sha256(content).hexdigest()
@@ -230,6 +242,10 @@ def replace_policy(bundle: Path, content: bytes) -> None:
     save_manifest(bundle, replace(manifest, policy=PolicyRecord(current, sha256)))
     write_file(bundle / POLICY, content)
     save_manifest(bundle, replace(manifest, policy=PolicyRecord(sha256)))
+    if certificate:
+        write_file(bundle / CERTIFICATE, certificate)
+    else:
+        remove_file(bundle / CERTIFICATE)
 
 
 def add_plan(bundle: Path, index: int, plan: PlanRecord, content: bytes) -> Manifest:

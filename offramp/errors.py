@@ -9,7 +9,8 @@ OfframpError
 ├── DataError          whoever made the data: a data set, a checkpoint or a trace
 ├── BundleError        whoever made or copied the bundle
 │   ├── CorruptError   a file is missing, truncated or altered
-│   └── VersionError   written by a newer offramp
+│   ├── VersionError   written by a newer offramp
+│   └── CertificateError   there is none for the engines and the policy that run, or it makes no sense
 ├── BackendError       whoever runs the machine: a package, driver or GPU is missing
 │   └── PlanError      the plan was built for another TensorRT or GPU
 ├── BuildError         TensorRT refused or was cancelled
@@ -62,6 +63,10 @@ class CorruptError(BundleError):
 
 class VersionError(BundleError):
     """The bundle was written by a newer offramp."""
+
+
+class CertificateError(BundleError):
+    """There is no certificate for the engines and the policy that run, or it is malformed: calibrate again."""
 
 
 class BackendError(OfframpError):

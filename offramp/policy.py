@@ -6,6 +6,7 @@ the policy's business: there everybody leaves, which is the runner's rule.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -244,6 +245,11 @@ class Policy:
             raise OptionError("policy: expected `sources` to be an object from source to policy")
         nested = {source: _policy_from_document(policy) for source, policy in sources.items()}
         return replace(_policy_from_document(document), sources=nested)
+
+    @cached_property
+    def sha256(self) -> str:
+        """SHA-256 of `to_json`: what a certificate is bound to."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     @cached_property
     def _remembers(self) -> bool:

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 from offramp.errors import StorageError
 
@@ -32,11 +33,21 @@ def storage_error(doing: str, exc: OSError) -> StorageError:
 
 def write_file(path: Path, content: bytes) -> None:
     """Write `content` to `path` so that a reader sees the old file or the new one. Raises StorageError."""
+    with replaced_file(path) as stream:
+        stream.write(content)
+
+
+@contextlib.contextmanager
+def replaced_file(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write to that takes the place of `path` when the block ends well, and vanishes otherwise.
+
+    Raises StorageError when the disk refuses.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary.open("wb") as stream:
-            stream.write(content)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         os.replace(temporary, path)

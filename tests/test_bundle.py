@@ -28,6 +28,7 @@ from offramp.bundle import (
     file_record,
     load_manifest,
     manifest_bytes,
+    read_certificate,
     read_file,
     read_policy,
     replace_policy,
@@ -206,6 +207,30 @@ def test_a_policy_is_replaced(path: Path) -> None:
     manifest = load_manifest(path)
     assert read_policy(path, manifest) == NEW
     assert manifest == replace(make_manifest(), policy=PolicyRecord(hashlib.sha256(NEW).hexdigest()))
+
+
+def test_a_certificate_goes_with_its_policy(path: Path) -> None:
+    assert read_certificate(path) == b""
+    replace_policy(path, NEW, b"certificate of the new one")
+    assert read_certificate(path) == b"certificate of the new one"
+    replace_policy(path, OLD)
+    assert not (path / "certificate.json").exists()
+    (path / "certificate.json").mkdir()
+    with pytest.raises(CorruptError, match="offramp calibrate"):
+        read_certificate(path)
+
+
+@pytest.mark.parametrize("before", [0, 1, 2, 3])
+def test_a_crash_while_replacing_both_never_leaves_a_new_certificate_with_an_old_policy(
+    path: Path, monkeypatch: pytest.MonkeyPatch, before: int
+) -> None:
+    replace_policy(path, OLD, b"of the old one")
+    crash_at_write(monkeypatch, before)
+    with pytest.raises(_Crash):
+        replace_policy(path, NEW, b"of the new one")
+    monkeypatch.undo()
+    assert read_policy(path, load_manifest(path)) == (OLD if before < 2 else NEW)
+    assert read_certificate(path) == b"of the old one"  # beside the new policy: it names another one
 
 
 def test_a_policy_that_is_not_the_recorded_one_is_refused(path: Path) -> None:

@@ -48,10 +48,66 @@ def test_learned_confidences_are_per_exit(tmp_path: Path) -> None:
     np.testing.assert_array_equal(load_trace(tmp_path / "trace.npz").learned, trace.learned, strict=True)
 
 
-def test_a_trace_from_before_learned_confidences_has_none(tmp_path: Path) -> None:
-    arrays = {f.name: np.asarray(getattr(make_trace(), f.name)) for f in fields(Trace) if f.name != "learned"}
+FULL: dict[str, Any] = {
+    "learned": np.array([[0.25, np.nan]] * 4, np.float32),
+    "sources": np.array(["kiosk", "", "öffentlich", "mail"]),
+    "lengths": np.array([3, 1, 12, UNKNOWN]),
+    "retention": np.array([[np.nan, 0.5], [np.nan, 1.0], [np.nan, 0.125], [np.nan, 0.75]], np.float32),
+    "cost_sizes": np.array([1, 4]),
+    "batch_costs_ms": np.array([[1.0, 2.0], [3.0, 5.0]]),
+    "uncut_ms": 2.75,
+    "files": ("a" * 64, "b" * 64),
+}
+
+
+@pytest.mark.parametrize("known", [[], list(FULL)], ids=["nothing", "everything"])
+def test_what_need_not_be_known_survives_too(tmp_path: Path, known: list[str]) -> None:
+    trace = replace(make_trace(), **{name: FULL[name] for name in known})
+    save_trace(tmp_path / "trace.npz", trace)
+    loaded = load_trace(tmp_path / "trace.npz")
+    for field in fields(Trace):
+        left, right = getattr(trace, field.name), getattr(loaded, field.name)
+        np.testing.assert_array_equal(left, right, strict=isinstance(left, np.ndarray))
+        assert type(left) is type(right)
+    assert loaded.sha256 == trace.sha256
+
+
+def test_an_old_trace_lacks_what_it_did_not_know(tmp_path: Path) -> None:
+    arrays = {f.name: np.asarray(getattr(make_trace(), f.name)) for f in fields(Trace) if f.name not in FULL}
     np.savez(tmp_path / "trace.npz", **arrays)
-    assert load_trace(tmp_path / "trace.npz").learned.shape == (4, 0)
+    old = load_trace(tmp_path / "trace.npz")
+    assert (old.learned.shape, old.retention.shape) == ((4, 0), (4, 0))
+    assert (old.sources.tolist(), old.lengths.tolist()) == ([""] * 4, [UNKNOWN] * 4)
+    assert (old.cost_sizes.shape, old.batch_costs_ms.shape, old.files) == ((0,), (0, 2), ())
+    assert np.isnan(old.uncut_ms)
+
+
+def test_the_hash_is_of_what_was_said_and_by_what() -> None:
+    """Not of times, nor of how wide the array of the names happens to be."""
+    trace = replace(make_trace(), **FULL)
+    assert len(trace.sha256) == 64
+    times = {"costs_ms": np.ones(2), "uncut_ms": 7.0, "cost_sizes": np.array([2]), "batch_costs_ms": np.ones((1, 2))}
+    wide = {"sources": FULL["sources"].astype("<U99"), "logits": np.asfortranarray(trace.logits)}
+    assert replace(trace, **times, **wide).sha256 == trace.sha256
+    changes: dict[str, Any] = {
+        "logits": trace.logits + np.float32(1e-6),
+        "labels": np.roll(trace.labels, 1),
+        "learned": np.array([[0.25, 0.5]] * 4, np.float32),
+        "sources": np.array(["kios", "k", "öffentlich", "mail"]),
+        "lengths": np.array([3, 1, 12, 2]),
+        "retention": np.empty((4, 0), np.float32),
+        "files": ("a" * 64, "c" * 64),
+        "precision": "int8",
+        "temperatures": np.array([1.0, 2.0]),
+    }
+    hashes = {replace(trace, **{name: value}).sha256 for name, value in changes.items()} | {trace.sha256}
+    assert len(hashes) == len(changes) + 1
+
+
+def test_a_file_has_the_same_bytes_for_the_same_trace(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        save_trace(tmp_path / name, replace(make_trace(), **FULL))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 BAD: dict[str, tuple[dict[str, Any], str]] = {
@@ -65,6 +121,17 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "learned shape": ({"learned": np.zeros((4, 1), np.float32)}, r"learned of shape \(4, 1\), expected \(4, 2\)"),
     "learned range": ({"learned": np.full((4, 2), 1.5, np.float32)}, r"learned outside \[0, 1\]"),
     "learned holes": ({"learned": np.array([[0.5, 0.5]] * 3 + [[np.nan, 0.5]], np.float32)}, "NaN for a whole exit"),
+    "retention range": ({"retention": np.zeros((4, 2), np.float32)}, r"retention outside \(0, 1\]"),
+    "retention shape": ({"retention": np.ones((4, 1), np.float32)}, r"retention of shape \(4, 1\)"),
+    "sources": ({"sources": np.array(["a"])}, r"sources of shape \(1,\), expected \(4,\)"),
+    "numbered sources": ({"sources": np.arange(4)}, "sources of dtype int64, expected names"),
+    "lengths": ({"lengths": np.array([1, 2, 3, -2])}, "length of -2"),
+    "sizes": ({"cost_sizes": np.array([4, 1]), "batch_costs_ms": np.ones((2, 2))}, r"cost_sizes \[4, 1\]"),
+    "size 0": ({"cost_sizes": np.array([0]), "batch_costs_ms": np.ones((1, 2))}, r"cost_sizes \[0\]"),
+    "sizes without costs": ({"cost_sizes": np.array([1])}, r"batch_costs_ms of shape \(0, 2\), expected \(1, 2\)"),
+    "negative costs": ({"cost_sizes": np.array([1]), "batch_costs_ms": -np.ones((1, 2))}, "negative or not finite"),
+    "uncut": ({"uncut_ms": 0.0}, "uncut_ms 0.0"),
+    "files": ({"files": ("a",)}, "1 files for 2 segments"),
     "label too large": ({"labels": np.array([0, 1, 2, 3])}, r"labels in \[0, 3\], expected below 3"),
     "label too small": ({"labels": np.array([0, 1, 2, UNKNOWN - 1])}, r"labels in \[-2, 2\]"),
 }
@@ -126,7 +193,7 @@ DAMAGES = {
 def test_a_damaged_trace_is_refused(tmp_path: Path, damage: Any) -> None:
     path = tmp_path / "trace.npz"
     damage(path)
-    with pytest.raises(DataError, match=r"trace\.npz.*offramp calibrate"):
+    with pytest.raises(DataError, match=r"trace\.npz.*offramp trace"):
         load_trace(path)
 
 

@@ -6,6 +6,7 @@ with Runner.open("bundle") as runner:
     result = runner.run(runner.encode(["a warm and funny film"]))
 """
 
+from offramp.certificate import CertificateWarning
 from offramp.runtime.admission import Admission
 from offramp.runtime.answer import Answer
 from offramp.runtime.backends import PlanWarning
@@ -20,6 +21,7 @@ __all__ = [
     "Admission",
     "Answer",
     "BatchCosts",
+    "CertificateWarning",
     "Engine",
     "FakeEngine",
     "PlanWarning",

@@ -48,12 +48,13 @@ class EngineOptions:
 
 
 class OpenedEngines(NamedTuple):
-    """Engines, what they run on, and the bundle's manifest with the dimensions they can run."""
+    """Engines, what they run on, the bundle's manifest with the dimensions they can run, and what they were made of."""
 
     engines: Sequence[Engine]
     backend: str
     precision: str
     manifest: Manifest
+    files: tuple[str, ...]  # E: SHA-256 of the graph or plan of each segment
 
 
 def open_engines(bundle: Path, manifest: Manifest, options: EngineOptions) -> OpenedEngines:
@@ -78,7 +79,8 @@ def open_engines(bundle: Path, manifest: Manifest, options: EngineOptions) -> Op
             f"opening {bundle}: ONNX Runtime is not installed here ({exc}); run `pip install 'offramp[onnxruntime]'`"
         ) from exc
     engines = open_onnxruntime_engines(bundle, manifest, precision, options.threads)
-    return OpenedEngines(engines, ONNXRUNTIME, precision, manifest)
+    files = tuple(segment.graphs[precision].sha256 for segment in manifest.segments)
+    return OpenedEngines(engines, ONNXRUNTIME, precision, manifest, files)
 
 
 def _open_tensorrt(bundle: Path, manifest: Manifest, backend: str, options: EngineOptions) -> OpenedEngines:
@@ -99,7 +101,7 @@ def _open_tensorrt(bundle: Path, manifest: Manifest, backend: str, options: Engi
         raise PlanError(f"opening {bundle}: {exc}") from exc
     fitted = narrowed(manifest, plans)
     engines = open_tensorrt_engines(bundle, fitted, plans, options.tensorrt)
-    return OpenedEngines(engines, backend, plans[0].precision, fitted)
+    return OpenedEngines(engines, backend, plans[0].precision, fitted, tuple(plan.file.sha256 for plan in plans))
 
 
 def _opened_where_plans_run(bundle: Path, manifest: Manifest, options: EngineOptions) -> OpenedEngines | None:

@@ -59,6 +59,7 @@ def record_trace(
         backend=runner.backend,
         precision=runner.precision,
         learned=_learned(outputs),
+        files=runner.files,
     )
 
 

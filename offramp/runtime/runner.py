@@ -6,6 +6,7 @@ It schedules segments; what executes them is an Engine, who leaves is the Policy
 from __future__ import annotations
 
 import sys
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,9 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle import ROWS, Manifest, load_manifest, read_file, read_policy
-from offramp.errors import BundleError, OptionError
+from offramp.bundle import ROWS, Manifest, load_manifest, read_certificate, read_file, read_policy
+from offramp.certificate import Certificate, CertificateWarning
+from offramp.errors import BundleError, CertificateError, OptionError
 from offramp.policy import FINAL, Policy, score_values
 from offramp.runtime.backends import EngineOptions, open_engines
 from offramp.runtime.engine import Engine, SegmentOutput
@@ -83,6 +85,8 @@ class Runner:
         self.manifest = manifest
         self.backend = backend
         self.precision = precision
+        self.files: tuple[str, ...] = ()  # E: SHA-256 of the graph or plan that each segment runs; fakes have none
+        self._certificate: Certificate | None = None
         self._text: TextEncoder | None = None
         self._is_closed = False
         limits = manifest.dimensions.get(ROWS)
@@ -92,7 +96,7 @@ class Runner:
         self.policy = policy
 
     @classmethod
-    def open(
+    def open(  # noqa: PLR0913  (all but the bundle by name)
         cls,
         bundle: str | Path,
         backend: str = "auto",
@@ -100,12 +104,18 @@ class Runner:
         threads: int = 0,
         precision: str = "auto",
         tensorrt: TensorRtOptions = TensorRtOptions(),  # noqa: B008  (frozen)
+        *,
+        require_certificate: bool = False,
     ) -> Runner:
         """A runner over the bundle in directory `bundle`; `policy=None` takes the bundle's own.
 
         `backend` is "auto" or one of backends.BACKENDS; `threads=0` leaves their number to the backend; precision
         "auto" is FP32 on ONNX Runtime, on TensorRT FP16 where there are such plans.
-        Raises OptionError, BundleError (CorruptError, VersionError) or BackendError.
+
+        A certificate of the bundle that does not hold for these engines under the bundle's own policy is a
+        CertificateWarning. With `require_certificate` it is an error, and so are no certificate and a policy of your
+        own that it is not for. Raises OptionError, BundleError (CorruptError, VersionError, CertificateError) or
+        BackendError.
         """
         path = Path(bundle)
         manifest = load_manifest(path)
@@ -114,8 +124,14 @@ class Runner:
         tokenizer = read_file(path, manifest.text.tokenizer) if manifest.text else b""
         opened = open_engines(path, manifest, EngineOptions(backend, precision, threads, tensorrt))
         runner = cls(opened.engines, opened.manifest, chosen, backend=opened.backend, precision=opened.precision)
+        runner.files = opened.files
         if manifest.text:
             runner._text = TextEncoder(tokenizer, manifest.text, opened.manifest)
+        try:
+            runner._certify(path, require_certificate, is_own_policy=policy is None)
+        except CertificateError:
+            runner.close()
+            raise
         return runner
 
     @property
@@ -131,6 +147,12 @@ class Runner:
         inverse = tuple(policy.inverse_temperatures(num_exits))
         self._policy = policy
         self.setting = Setting(policy, sources, inverse)  # one assignment: a request sees the old one or the new one
+
+    @property
+    def certificate(self) -> Certificate | None:
+        """The bundle's certificate, where it holds for these engines under the policy in force."""
+        certificate = self._certificate
+        return certificate if certificate and certificate.policy_sha256 == self._policy.sha256 else None
 
     def encode(self, texts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
         """The inputs for `texts`, padded to the longest. Raises InputError, BackendError or BundleError."""
@@ -194,6 +216,25 @@ class Runner:
     def _check_open(self) -> None:
         if self._is_closed:
             raise OptionError("runner: it was closed; open it again with `Runner.open(bundle)`")
+
+    def _certify(self, bundle: Path, is_required: bool, is_own_policy: bool) -> None:
+        """Take over the bundle's certificate if it holds; warn or raise where it does not, as `open` says."""
+        content, problem = read_certificate(bundle), "it has no certificate"
+        if content:
+            try:
+                certificate = Certificate.from_json(content)
+                problem = certificate.obstacle(self.files, self.backend, self.precision, self._policy.sha256)
+            except CertificateError as exc:
+                problem = str(exc)
+            if not problem:
+                self._certificate = certificate
+                return
+            problem = f"its certificate does not hold here: {problem}"
+        message = f"opening {bundle}: {problem}; run `offramp calibrate {bundle} --max-risk 0.01`"
+        if is_required:
+            raise CertificateError(message)
+        if content and is_own_policy:
+            warnings.warn(message, CertificateWarning, stacklevel=3)
 
     def _first(self, count: int) -> NDArray[np.int64]:
         """Positions 0 … count - 1; not to be written to."""

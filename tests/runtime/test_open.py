@@ -15,7 +15,8 @@ import pytest
 import tiny
 
 from offramp.bundle import FileRecord, PlanRecord, load_manifest, save_manifest
-from offramp.errors import BackendError, BundleError, CorruptError, OptionError, VersionError
+from offramp.certificate import Certificate, CertificateWarning
+from offramp.errors import BackendError, BundleError, CertificateError, CorruptError, OptionError, VersionError
 from offramp.policy import Policy
 from offramp.runtime import PlanWarning, Runner, backends
 
@@ -90,6 +91,90 @@ def test_a_policy_of_one_s_own_opens_a_bundle_whose_policy_is_damaged(tmp_path: 
     flip_a_byte(tmp_path / "policy.json")
     with Runner.open(tmp_path, policy=Policy.full_depth()) as runner:
         assert runner.run(tiny.request([[1]])).exit_index.tolist() == [2]
+
+
+def certify(bundle: Path, **changes: Any) -> Certificate:
+    """Give the bundle the certificate of what opens it by default, or another one."""
+    with Runner.open(bundle) as runner:
+        certificate = Certificate(
+            risk="consistency",
+            max_risk=0.01,
+            confidence=0.95,
+            method="by hand",
+            num_rows=400,
+            losses=0,
+            p_value=0.018,
+            upper_bound=0.0075,
+            exit_counts=(300, 60, 40),
+            mean_depth=1.35,
+            backend=runner.backend,
+            precision=runner.precision,
+            files=runner.files,
+            policy_sha256=runner.policy.sha256,
+            trace_sha256="d" * 64,
+        )
+    certificate = replace(certificate, **changes)
+    (bundle / "certificate.json").write_text(certificate.to_json())
+    return certificate
+
+
+def test_a_certificate_that_holds_is_the_runner_s_until_its_policy_changes(tmp_path: Path) -> None:
+    tiny.make_bundle(tmp_path)
+    certificate = certify(tmp_path)
+    with Runner.open(tmp_path, require_certificate=True) as runner:
+        assert runner.certificate == certificate
+        own = runner.policy
+        runner.policy = Policy.thresholds("max_prob", [0.5, 0.5])
+        assert runner.certificate is None
+        runner.policy = own
+        assert runner.certificate == certificate
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"backend": "tensorrt"}, "is for tensorrt in fp32"),
+        ({"precision": "fp16"}, "in fp16"),
+        ({"files": ("0" * 64,) * 3}, "files of segment 0, 1, 2"),
+        ({"policy_sha256": "0" * 64}, "for policy 000000000000"),
+    ],
+)
+def test_a_certificate_for_something_else_is_a_warning_or_an_error(
+    tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    tiny.make_bundle(tmp_path)
+    certify(tmp_path, **changes)
+    with pytest.warns(CertificateWarning, match=f"{message}.*offramp calibrate"), Runner.open(tmp_path) as runner:
+        assert runner.certificate is None
+    with pytest.raises(CertificateError, match=message):
+        Runner.open(tmp_path, require_certificate=True)
+
+
+def test_a_damaged_certificate_is_a_warning_or_an_error(tmp_path: Path) -> None:
+    tiny.make_bundle(tmp_path)
+    certify(tmp_path)
+    flip_a_byte(tmp_path / "certificate.json")
+    (tmp_path / "certificate.json").write_bytes((tmp_path / "certificate.json").read_bytes()[:-9])
+    with pytest.warns(CertificateWarning, match="not JSON"):
+        Runner.open(tmp_path).close()
+    with pytest.raises(CertificateError, match="not JSON"):
+        Runner.open(tmp_path, require_certificate=True)
+
+
+def test_a_required_certificate_is_missing(tmp_path: Path) -> None:
+    tiny.make_bundle(tmp_path)
+    with pytest.raises(CertificateError, match=r"no certificate; run `offramp calibrate .* --max-risk"):
+        Runner.open(tmp_path, require_certificate=True)
+
+
+def test_a_policy_of_one_s_own_has_no_certificate(tmp_path: Path) -> None:
+    tiny.make_bundle(tmp_path)
+    certify(tmp_path)
+    own = Policy.thresholds("max_prob", [0.9, 0.9])
+    with Runner.open(tmp_path, policy=own) as runner:  # without a warning: it was asked for
+        assert runner.certificate is None
+    with pytest.raises(CertificateError, match="for policy"):
+        Runner.open(tmp_path, policy=own, require_certificate=True)
 
 
 def rename(old: str, new: str) -> tiny.Edit:

@@ -33,6 +33,7 @@ def test_a_trace_is_what_every_exit_says(shared_runner: Runner) -> None:
     assert trace.temperatures.tolist() == [1.0, 2.0, 0.5]
     assert (trace.backend, trace.precision) == ("onnxruntime", "fp32")
     assert trace.fingerprint == shared_runner.manifest.fingerprint
+    assert trace.files == tuple(segment.graphs["fp32"].sha256 for segment in shared_runner.manifest.segments)
     assert trace.costs_ms.shape == (tiny.NUM_SEGMENTS,)
     assert (trace.costs_ms > 0).all()
 

@@ -84,6 +84,7 @@ def test_the_real_device_answers_as_onnxruntime_on_simulated_libraries(gpu: Gpu,
         Runner.open(gpu.bundle, tensorrt=options) as runner,
         Runner.open(gpu.bundle, "onnxruntime") as plain,
     ):
+        assert runner.files == tuple(s.plans[0].file.sha256 for s in load_manifest(gpu.bundle).segments)
         assert (runner.backend, runner.precision, plain.precision) == (gpu.backend, "fp16", "fp32")
         for num_rows in (3, 3, 3, 1, 20):
             inputs = tiny.request(tiny.sentences(num_rows))
