@@ -15,7 +15,7 @@ from offramp.bundle import Manifest
 from offramp.commands.dataset import Inputs, load_dataset
 from offramp.commands.uncut import load_reference, uncut_model
 from offramp.errors import OptionError
-from offramp.export.export_bundle import reference_path
+from offramp.export.export_bundle import WHOLE, reference_path
 from offramp.policy import Policy
 from offramp.runtime import Runner
 from offramp.runtime.onnxruntime_engine import open_session
@@ -71,7 +71,7 @@ def bench_bundle(
     ):
         dataset = load_dataset(runner, data, "test")
         alternatives: dict[str, Answer] = {}
-        if reference_path(bundle).is_dir():
+        if (reference_path(bundle) / WHOLE).is_file():
             alternatives |= reference_answers(bundle, runner.manifest, options.threads)
         alternatives |= {"full depth": runner_answer(full_depth), "offramp": runner_answer(runner)}
         measured: dict[str, dict[int, Measured]] = {name: {} for name in alternatives}
