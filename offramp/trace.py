@@ -10,7 +10,7 @@ import math
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -85,6 +85,11 @@ class Trace:
             )
         self._check_rows()
         self._check_costs()
+
+    def rows(self, keep: NDArray[Any]) -> Trace:
+        """The trace of the rows `keep` only, positions or a mask; costs and what recorded it stay."""
+        per_row = ("logits", "scores", "predictions", "labels", "learned", "sources", "lengths", "retention")
+        return replace(self, **{name: getattr(self, name)[keep] for name in per_row})
 
     def _fill_in(self, rows: int, exits: int) -> None:
         """What was left out becomes what its absence means."""
