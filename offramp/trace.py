@@ -9,7 +9,7 @@ import hashlib
 import math
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, replace
 from functools import partial
 from itertools import pairwise
@@ -25,10 +25,13 @@ from offramp.errors import DataError
 from offramp.storage import replaced_file
 
 UNKNOWN = -1  # label of a row whose label is not known; length of a row without tokens
+# Axis 0 of these is the rows.
+_ROW_FIELDS = ("logits", "scores", "predictions", "labels", "learned", "sources", "lengths", "retention")
 # What the clock said: it differs from run to run, so it is no part of `Trace.sha256`.
 _TIMES = ("costs_ms", "cost_sizes", "batch_costs_ms", "uncut_ms")
 _COMPRESSION = 1  # of zlib's levels; 6 takes three times as long for 3 % less
 _CHUNK_BYTES = 1 << 24  # written at once
+_UNREADABLE = (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass(frozen=True)
@@ -88,8 +91,7 @@ class Trace:
 
     def rows(self, keep: NDArray[Any]) -> Trace:
         """The trace of the rows `keep` only, positions or a mask; costs and what recorded it stay."""
-        per_row = ("logits", "scores", "predictions", "labels", "learned", "sources", "lengths", "retention")
-        return replace(self, **{name: getattr(self, name)[keep] for name in per_row})
+        return replace(self, **{name: getattr(self, name)[keep] for name in _ROW_FIELDS})
 
     def _fill_in(self, rows: int, exits: int) -> None:
         """What was left out becomes what its absence means."""
@@ -160,6 +162,47 @@ def save_trace(path: Path, trace: Trace) -> None:
     _save_columns(path, _columns_from_trace(trace))
 
 
+def joined(traces: Sequence[Trace]) -> Trace:
+    """Traces of consecutive rows, at least one, as one; everything but rows is the first one's."""
+    rows: dict[str, Any] = {name: np.concatenate([getattr(trace, name) for trace in traces]) for name in _ROW_FIELDS}
+    return replace(traces[0], **rows)
+
+
+def save_joined(path: Path, parts: Sequence[Path], **others: Any) -> str:
+    """Write the traces of consecutive rows at `parts` as one, with fields that are not rows as in `others`.
+
+    Returns its `sha256`. Memory is for one part. Raises StorageError, and DataError for a part that is none.
+    """
+    first = replace(load_trace(parts[0]), **others)
+    columns = _columns_from_trace(first)
+    sources = [_member(part, "sources") for part in parts]
+    num_rows = sum(map(len, sources))
+    for name in _ROW_FIELDS:
+        dtype, shape, _ = columns[name]
+        dtype = np.result_type(*sources) if name == "sources" else dtype
+        columns[name] = _Column(dtype, (num_rows, *shape[1:]), partial(_members, parts, name))
+    _save_columns(path, columns)
+    return _sha256(columns)
+
+
+def _members(parts: Sequence[Path], name: str) -> Iterable[NDArray[Any]]:
+    return (_member(part, name) for part in parts)
+
+
+def _member(part: Path, name: str) -> NDArray[Any]:
+    with np.load(part, allow_pickle=False) as archive:
+        array: NDArray[Any] = archive[name]
+    return array
+
+
+def load_fields(path: Path, *names: str) -> tuple[NDArray[Any], ...]:
+    """Some fields of a trace as they lie in its file, without reading the others. Raises DataError."""
+    try:
+        return tuple(_member(path, name) for name in names)
+    except _UNREADABLE as exc:
+        raise _unreadable(path, exc) from exc
+
+
 def load_trace(path: Path) -> Trace:
     """Read a trace written by `save_trace`, also by one that knew fewer fields. Raises DataError."""
     try:
@@ -170,8 +213,12 @@ def load_trace(path: Path) -> Trace:
         arrays |= {name: float(arrays[name]) for name in ("uncut_ms",) if name in arrays}
         arrays |= {name: tuple(arrays[name].tolist()) for name in ("files",) if name in arrays}
         return Trace(**arrays)
-    except (OSError, EOFError, ValueError, TypeError, KeyError, zipfile.BadZipFile, zlib.error) as exc:
-        raise DataError(f"reading trace {path}: {exc}; record it again with `offramp trace`") from exc
+    except _UNREADABLE as exc:
+        raise _unreadable(path, exc) from exc
+
+
+def _unreadable(path: Path, exc: Exception) -> DataError:
+    return DataError(f"reading trace {path}: {exc}; record it again with `offramp trace`")
 
 
 def _is_required(f: Any) -> bool:

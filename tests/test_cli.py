@@ -14,6 +14,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 from offramp.cli import main
+from offramp.commands import traces
+from offramp.export.export_bundle import WHOLE, reference_path
+from offramp.trace import load_trace
 from tests.export import graphs
 
 FACTORY = "tests.export.models:shared_weights"
@@ -82,6 +85,34 @@ def test_calibrate_run_and_bench(bundle: Path, data: Path, tmp_path: Path) -> No
     assert lines[0].keys() == {"prediction", "exit_index", "score", "reason"}
     closed = [json.loads(line) for line in offramp("run", bundle, data, "--full-depth").stdout.splitlines()]
     assert {line["exit_index"] for line in closed} == {2}
+
+
+def test_trace_says_what_it_recorded(bundle: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traces, "_COST_SECONDS", 0.0)
+    document = answer_of("trace", bundle, "--data", data, "--limit", "30", "--json")
+    trace = traces.stored_trace(bundle)
+    assert document["path"] == str(traces.trace_path(bundle, "onnxruntime", "fp32"))
+    assert (document["sha256"], document["rows"], document["labelled"]) == (trace.sha256, 30, 30)
+    assert (document["backend"], document["precision"], document["exits"]) == ("onnxruntime", "fp32", 3)
+    assert document["files"] == list(trace.files)
+    assert document["batch_costs_ms"].keys() == {"1", "2", "4", "8", "16", "32"}
+    assert np.isfinite(list(document["batch_costs_ms"].values())).all()
+    assert 0 < document["uncut_ms"] == trace.uncut_ms < 1000
+    shown = offramp("trace", bundle, "--data", data, "-o", tmp_path / "t.npz", "--precision", "fp16")
+    assert shown.exit_code == 0, shown.output
+    assert "40 rows x 3 exits on onnxruntime fp16" in shown.stdout
+    assert "uncut" not in shown.stdout, "there is no uncut model in FP16"
+    assert load_trace(tmp_path / "t.npz").sha256 in shown.stdout
+
+
+def test_without_the_whole_graph_the_uncut_model_is_not_timed(
+    bundle: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(traces, "_COST_SECONDS", 0.0)
+    (reference_path(bundle) / WHOLE).unlink()
+    assert answer_of("trace", bundle, "--data", data, "--json")["uncut_ms"] is None
+    (reference_path(bundle) / WHOLE).write_bytes(b"another")
+    assert "belongs to another export" in offramp("trace", bundle, "--data", data).stderr
 
 
 def test_bench_times_every_alternative_at_every_size(bundle: Path, data: Path) -> None:

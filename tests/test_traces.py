@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,33 +9,28 @@ import numpy as np
 import pytest
 
 from offramp.bundle import FileRecord, PlanRecord, load_manifest
+from offramp.commands import traces
 from offramp.commands.traces import TraceRequest, is_of, record_bundle, stored_trace, trace_for, trace_path
 from offramp.errors import BundleError, DataError, OptionError
-from offramp.export.export_bundle import ExportOptions, export_bundle
-from offramp.export.source import source_from_factory
 from offramp.trace import load_trace, save_trace
+from tests.runtime import tiny
 
-FACTORY = "tests.export.models:shared_weights"
 
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    bundle = tmp_path_factory.mktemp("traces") / "bundle"
-    export_bundle(source_from_factory(FACTORY, 20), bundle, ExportOptions())
-    return bundle
+@pytest.fixture(autouse=True)
+def _quick_costs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traces, "_COST_SECONDS", 0.0)
 
 
 @pytest.fixture
-def bundle(exported: Path, tmp_path: Path) -> Path:
-    shutil.copytree(exported.with_name("bundle.reference"), tmp_path / "bundle.reference")
-    return Path(shutil.copytree(exported, tmp_path / "bundle"))
+def bundle(tmp_path: Path) -> Path:
+    tiny.make_bundle(tmp_path / "bundle")
+    return tmp_path / "bundle"
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> str:
-    random = np.random.default_rng(0)
-    features = random.standard_normal((40, 6)).astype(np.float32)
-    np.savez(tmp_path / "data.npz", features=features, labels=random.integers(0, 2, 40))
+    labels = np.arange(40) % tiny.NUM_CLASSES
+    np.savez(tmp_path / "data.npz", **tiny.request(tiny.sentences(40)), labels=labels)
     return str(tmp_path / "data.npz")
 
 
@@ -53,7 +47,7 @@ def test_a_trace_is_recorded_once_and_found_again(bundle: Path, data: str) -> No
 
 def test_each_precision_has_its_own(bundle: Path, data: str) -> None:
     for precision in ("fp32", "fp16"):
-        assert record_bundle(bundle, TraceRequest(data, precision=precision)).stem == f"onnxruntime-{precision}"
+        assert record_bundle(bundle, TraceRequest(data, precision=precision))[0].stem == f"onnxruntime-{precision}"
     with pytest.raises(DataError, match="got onnxruntime-fp16, onnxruntime-fp32; choose one with `--backend`"):
         stored_trace(bundle)
     assert stored_trace(bundle, precision="fp16").precision == "fp16"
@@ -63,7 +57,7 @@ def test_each_precision_has_its_own(bundle: Path, data: str) -> None:
 def test_a_trace_of_other_files_is_not_used(bundle: Path, data: str) -> None:
     with pytest.raises(DataError, match=r"got none; run `offramp trace .*bundle --data DATA`"):
         stored_trace(bundle)
-    path = record_bundle(bundle, TraceRequest(data))
+    path, _ = record_bundle(bundle, TraceRequest(data))
     trace = load_trace(path)
     save_trace(path, replace(trace, files=("0" * 64, *trace.files[1:])))
     with pytest.raises(DataError, match="got none"):
@@ -75,7 +69,7 @@ def test_a_trace_of_other_files_is_not_used(bundle: Path, data: str) -> None:
 
 
 def test_a_trace_of_plans_is_of_the_plans_of_its_backend(bundle: Path, data: str) -> None:
-    trace = replace(load_trace(record_bundle(bundle, TraceRequest(data))), backend="tensorrt", precision="fp16")
+    trace = replace(load_trace(record_bundle(bundle, TraceRequest(data))[0]), backend="tensorrt", precision="fp16")
     manifest = load_manifest(bundle)
     assert not is_of(trace, manifest), "graphs are no plans"
     for backend in ("tensorrt", "tensorrt-rtx"):
@@ -95,5 +89,5 @@ def test_a_trace_of_plans_is_of_the_plans_of_its_backend(bundle: Path, data: str
 def test_test_rows_do_not_become_what_a_bundle_is_calibrated_on(bundle: Path, data: str, tmp_path: Path) -> None:
     with pytest.raises(OptionError, match="name another file with `-o`"):
         record_bundle(bundle, TraceRequest(data, split="test"))
-    assert record_bundle(bundle, TraceRequest(data, split="test"), tmp_path / "t.npz") == tmp_path / "t.npz"
+    assert record_bundle(bundle, TraceRequest(data, split="test"), tmp_path / "t.npz")[0] == tmp_path / "t.npz"
     assert not trace_path(bundle, "onnxruntime", "fp32").exists()

@@ -22,7 +22,7 @@ DATA = click.option(
     "--data",
     default="rotten-tomatoes",
     show_default=True,
-    help="A .csv or .jsonl file (text, label), an .npz of inputs and labels, or rotten-tomatoes.",
+    help="A .csv or .jsonl file (text, label, source), a .txt, an .npz of inputs and labels, rotten-tomatoes or imdb.",
 )
 
 

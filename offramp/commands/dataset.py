@@ -1,27 +1,54 @@
-"""Data sets as a deployed model sees them: batches of inputs with labels where they are known. No torch."""
+"""Data sets as a deployed model sees them: rows with labels and sources where they are known. No torch."""
 
 from __future__ import annotations
 
+import sys
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from offramp.errors import BundleError, DataError, OptionError
 from offramp.runtime import Runner
+from offramp.runtime.record import Rows
 from offramp.trace import UNKNOWN
 
 ROTTEN_TOMATOES = "rotten-tomatoes"
+IMDB = "imdb"
 Inputs = dict[str, NDArray[Any]]
+
+
+class _Text(NamedTuple):
+    """One text of a data set."""
+
+    text: str
+    label: int = UNKNOWN
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class RowStream:
+    """A data set in batches, made anew whenever one iterates over them; `len` counts the batches."""
+
+    num_rows: int
+    batch_size: int
+    read: Callable[[], Iterator[Rows]]
+
+    def __len__(self) -> int:
+        return -(-self.num_rows // self.batch_size)
+
+    def __iter__(self) -> Iterator[Rows]:
+        return self.read()
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Batches of model inputs, and one label per row (UNKNOWN where there is none)."""
+    """Batches of model inputs in memory, and one label per row (UNKNOWN where there is none)."""
 
     batches: tuple[Inputs, ...]
     labels: NDArray[np.int64]  # (N,)
@@ -36,18 +63,42 @@ class Dataset:
 
 
 def load_dataset(runner: Runner, data: str, split: str, batch_size: int = 32) -> Dataset:
-    """Read `data` for the model of `runner`: a .csv or .jsonl file of texts, an .npz of inputs, or rotten-tomatoes.
-
-    `split` chooses validation or test of rotten-tomatoes; a file is taken whole. An .npz file holds an array
-    per input, and `labels` if they are known. Raises DataError or OptionError.
-    """
-    if Path(data).suffix == ".npz":
-        return _from_npz(runner, Path(data), batch_size)
-    texts, labels = _texts(runner, data, split)
-    batches = tuple(
-        dict(runner.encode(texts[start : start + batch_size])) for start in range(0, len(texts), batch_size)
+    """All rows of `open_rows` at once."""
+    batches = list(open_rows(runner, data, split, batch_size))
+    labels = [batch.labels for batch in batches if batch.labels is not None]
+    return Dataset(
+        tuple(dict(batch.inputs) for batch in batches), np.concatenate(labels) if labels else np.empty(0, np.int64)
     )
-    return Dataset(batches, np.asarray(labels, np.int64))
+
+
+def open_rows(runner: Runner, data: str, split: str, batch_size: int = 32, limit: int = 0) -> RowStream:
+    """The rows of `data` for the model of `runner`, in their order; read as they are asked for, checked before.
+
+    A file of texts (.csv, .jsonl: `text`, and `label` and `source` where known; .txt: a text per line), an .npz with an
+    array per input (and `labels`, `sources`), "rotten-tomatoes" (`split` chooses validation or test; a file is
+    taken whole), or "imdb": sentences without labels that training did not see. With a `limit`, that many rows drawn
+    without replacement, the same ones every time. Raises DataError, OptionError or BundleError.
+    """
+    if limit < 0:
+        raise OptionError(f"data: got a limit of {limit} rows, expected a number from 1, or 0 for all")
+    if Path(data).suffix == ".npz":
+        return _npz_rows(runner, Path(data), batch_size, limit)
+    if runner.manifest.text is None:
+        raise BundleError(
+            f"bundle {runner.manifest.name!r} has no tokenizer, so {data} cannot be read as texts; pass an .npz file "
+            f"with {', '.join(spec.name for spec in runner.manifest.inputs)}"
+        )
+    names = runner.manifest.labels or tuple(map(str, range(runner.manifest.exits[-1].num_classes)))
+    texts = _packaged_texts(data, split, names)
+    if texts is not None:
+        return _text_rows(runner, lambda: iter(texts), len(texts), batch_size, limit)
+    if not Path(data).is_file():
+        raise OptionError(
+            f"data {data!r}: expected {ROTTEN_TOMATOES}, {IMDB}, or a .csv, .jsonl, .txt or .npz file that exists"
+        )
+    return _text_rows(
+        runner, lambda: _file_texts(Path(data), names), _checked_file(Path(data), names), batch_size, limit
+    )
 
 
 def arrays_from_npz(path: Path) -> Inputs:
@@ -59,44 +110,108 @@ def arrays_from_npz(path: Path) -> Inputs:
         raise DataError(f"reading {path}: {exc}; expected an .npz file with an array per input") from exc
 
 
-def _texts(runner: Runner, data: str, split: str) -> tuple[list[str], list[int]]:
-    from offramp.models.data import load_rotten_tomatoes, load_texts
+def _packaged_texts(data: str, split: str, names: Sequence[str]) -> list[_Text] | None:
+    """The texts of a data set that comes in a package; None when `data` is none."""
+    from offramp.models.data import NUM_IMDB_SENTENCES, load_imdb_sentences, load_rotten_tomatoes
 
-    if runner.manifest.text is None:
-        raise BundleError(
-            f"bundle {runner.manifest.name!r} has no tokenizer, so {data} cannot be read as texts; pass an .npz file "
-            f"with {', '.join(spec.name for spec in runner.manifest.inputs)}"
-        )
-    names: Sequence[str] = runner.manifest.labels
-    if data == ROTTEN_TOMATOES:
-        splits = load_rotten_tomatoes()
-        examples, found = getattr(splits, split), splits.label_names
-    elif Path(data).is_file():
-        loaded = load_texts(Path(data))
-        examples, found = loaded.examples, loaded.label_names
-    else:
-        raise OptionError(f"data {data!r}: expected {ROTTEN_TOMATOES}, or a .csv, .jsonl or .npz file that exists")
-    if unknown := sorted(set(found) - set(names)):
+    if data == IMDB:  # the first ones are those that `offramp train` learns from
+        return [_Text(text) for text in load_imdb_sentences(sys.maxsize)[NUM_IMDB_SENTENCES:]]
+    if data != ROTTEN_TOMATOES:
+        return None
+    splits = load_rotten_tomatoes()
+    _check_labels(data, set(splits.label_names), names)
+    index = [names.index(name) for name in splits.label_names]
+    return [_Text(example.text, index[example.label]) for example in getattr(splits, split)]
+
+
+def _checked_file(path: Path, names: Sequence[str]) -> int:
+    """How many texts `path` holds; a look at all of them. Raises DataError."""
+    from offramp.models.data import checked_text, records_from
+
+    found: set[str] = set()
+    count = 0
+    for count, record in enumerate(records_from(path), start=1):
+        checked_text(record, path, count)
+        if len(found) <= len(names) + 1:  # more, and one of them is unknown
+            found.add(_label_of(record))
+    _check_labels(str(path), found - {""}, names)
+    return count
+
+
+def _check_labels(data: str, found: set[str], names: Sequence[str]) -> None:
+    if unknown := sorted(found - set(names)):
         raise DataError(f"{data} has labels {', '.join(unknown)}, the model knows {', '.join(names)}")
-    index = [names.index(name) for name in found]
-    return [example.text for example in examples], [index[example.label] for example in examples]
 
 
-def _from_npz(runner: Runner, path: Path, batch_size: int) -> Dataset:
+def _file_texts(path: Path, names: Sequence[str]) -> Iterator[_Text]:
+    from offramp.models.data import records_from
+
+    index = {name: position for position, name in enumerate(names)} | {"": UNKNOWN}
+    for record in records_from(path):
+        yield _Text(record["text"], index[_label_of(record)], str(record.get("source") or "").strip())
+
+
+def _label_of(record: dict[str, Any]) -> str:
+    """The name of its class, "" without one."""
+    label = record.get("label")
+    return "" if label is None else str(label).strip()
+
+
+def _text_rows(
+    runner: Runner, read: Callable[[], Iterable[_Text]], count: int, batch_size: int, limit: int
+) -> RowStream:
+    chosen = _drawn(count, limit)
+
+    def batches() -> Iterator[Rows]:
+        texts = iter(read()) if chosen is None else _at(read(), chosen)
+        while batch := list(islice(texts, batch_size)):
+            labels = np.array([text.label for text in batch], np.int64)
+            sources = np.array([text.source for text in batch], np.str_)
+            yield Rows(runner.encode([text.text for text in batch]), labels, sources)
+
+    return RowStream(count if chosen is None else len(chosen), batch_size, batches)
+
+
+def _npz_rows(runner: Runner, path: Path, batch_size: int, limit: int) -> RowStream:
     arrays = arrays_from_npz(path)
-    labels = arrays.pop("labels", None)
     expected = {spec.name for spec in runner.manifest.inputs}
-    rows = {len(array) if array.ndim else 0 for array in arrays.values()}
-    if arrays.keys() != expected or len(rows) != 1:
+    beside = {name: arrays.pop(name, None) for name in ("labels", "sources") if name not in expected}
+    counts = {len(array) if array.ndim else 0 for array in arrays.values()}
+    if arrays.keys() != expected or len(counts) != 1:
         raise DataError(
-            f"{path} holds {', '.join(sorted(arrays))} with {sorted(rows)} rows; expected "
+            f"{path} holds {', '.join(sorted(arrays))} with {sorted(counts)} rows; expected "
             f"{', '.join(sorted(expected))} (and `labels` if known), all with the same number of rows"
         )
-    count = rows.pop()
-    if labels is not None and labels.shape != (count,):
-        raise DataError(f"{path}: labels have shape {labels.shape}, expected ({count},)")
-    known = np.full(count, UNKNOWN, np.int64) if labels is None else labels.astype(np.int64)
-    starts = range(0, count, batch_size)
-    return Dataset(
-        tuple({name: array[start : start + batch_size] for name, array in arrays.items()} for start in starts), known
-    )
+    count = counts.pop()
+    for name, found in beside.items():
+        if found is not None and found.shape != (count,):
+            raise DataError(f"{path}: {name} have shape {found.shape}, expected ({count},)")
+    labels, sources = beside.get("labels"), beside.get("sources")
+    labels = np.full(count, UNKNOWN, np.int64) if labels is None else labels.astype(np.int64)
+    sources = np.full(count, "", np.str_) if sources is None else sources.astype(np.str_)
+    drawn = _drawn(count, limit)
+    chosen = np.arange(count) if drawn is None else drawn
+
+    def batches() -> Iterator[Rows]:
+        for start in range(0, len(chosen), batch_size):
+            rows = chosen[start : start + batch_size]
+            yield Rows({name: array[rows] for name, array in arrays.items()}, labels[rows], sources[rows])
+
+    return RowStream(len(chosen), batch_size, batches)
+
+
+def _drawn(count: int, limit: int) -> NDArray[np.int64] | None:
+    """Ascending positions of `limit` of `count` rows; None for all."""
+    if not limit or limit >= count:
+        return None
+    return np.sort(np.random.default_rng(0).choice(count, limit, replace=False))
+
+
+def _at(texts: Iterable[_Text], chosen: NDArray[np.int64]) -> Iterator[_Text]:
+    wanted = iter(chosen.tolist())
+    position = next(wanted)
+    for number, text in enumerate(texts):
+        if number == position:
+            yield text
+            if (position := next(wanted, -1)) < 0:
+                return

@@ -9,17 +9,24 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from offramp.bundle import Manifest, load_manifest
-from offramp.commands.dataset import ROTTEN_TOMATOES, load_dataset
+from offramp.commands.dataset import ROTTEN_TOMATOES, open_rows
+from offramp.commands.uncut import uncut_call
 from offramp.errors import DataError, OptionError
 from offramp.export.export_bundle import reference_path
 from offramp.runtime import Runner
 from offramp.runtime.backends import ONNXRUNTIME
-from offramp.trace import Trace, load_trace, save_trace
+from offramp.runtime.costs import SIZES
+from offramp.runtime.record import RecordOptions, record_to_file
+from offramp.trace import UNKNOWN, Trace, load_fields, load_trace
 
 TRACES = "traces"
 _TEST = "test"
+_COST_SECONDS = 5.0  # for the table of batch costs
 
 
 @dataclass(frozen=True)
@@ -28,6 +35,7 @@ class TraceRequest:
 
     data: str = ""  # empty: the trace that is there already; where there is none, rotten-tomatoes
     split: str = "validation"  # of rotten-tomatoes
+    limit: int = 0  # rows, drawn at random; 0: all
     backend: str = "auto"
     precision: str = "auto"
     threads: int = 0
@@ -54,12 +62,14 @@ def trace_for(
                 say(f"using {path} with {len(trace.labels)} rows")
                 return trace
             say(f"{path} is of other engines, recording another")
-        _record(runner, request, path, progress)
+        _record(bundle, runner, request, path, progress)
     return load_trace(path)
 
 
-def record_bundle(bundle: Path, request: TraceRequest, output: Path | None = None, progress: bool = False) -> Path:
-    """Record what `bundle` says about the rows of `request` in `output`, or in its place; returns where.
+def record_bundle(
+    bundle: Path, request: TraceRequest, output: Path | None = None, progress: bool = False
+) -> tuple[Path, str]:
+    """Record what `bundle` says about the rows of `request` in `output`, or in its place; returns where, and the hash.
 
     Raises as `trace_for` does; OptionError for test rows without an `output`.
     """
@@ -70,8 +80,7 @@ def record_bundle(bundle: Path, request: TraceRequest, output: Path | None = Non
         )
     with Runner.open(bundle, request.backend, None, request.threads, request.precision) as runner:
         path = output or trace_path(bundle, runner.backend, runner.precision)
-        _record(runner, request, path, progress)
-    return path
+        return path, _record(bundle, runner, request, path, progress)
 
 
 def stored_trace(bundle: Path, backend: str = "auto", precision: str = "auto") -> Trace:
@@ -96,6 +105,30 @@ def stored_trace(bundle: Path, backend: str = "auto", precision: str = "auto") -
     return next(iter(traces.values()))
 
 
+def summary_of(path: Path, sha256: str) -> dict[str, Any]:
+    """What the trace at `path` is of, for people, without reading more of it than that. Raises DataError."""
+    labels, sources, costs_ms, sizes, batch_costs_ms, uncut_ms, backend, precision, fingerprint, files = load_fields(
+        path,
+        *("labels", "sources", "costs_ms", "cost_sizes", "batch_costs_ms", "uncut_ms"),
+        *("backend", "precision", "fingerprint", "files"),
+    )
+    return {
+        "path": str(path),
+        "sha256": sha256,
+        "rows": len(labels),
+        "labelled": int((labels != UNKNOWN).sum()),
+        "sources": [str(name) for name in np.unique(sources) if name],
+        "exits": len(costs_ms),
+        "costs_ms": costs_ms.tolist(),
+        "batch_costs_ms": {int(size): line for size, line in zip(sizes, batch_costs_ms.tolist(), strict=True)},
+        "uncut_ms": None if np.isnan(uncut_ms) else float(uncut_ms),
+        "backend": str(backend),
+        "precision": str(precision),
+        "fingerprint": str(fingerprint),
+        "files": files.tolist(),
+    }
+
+
 def is_of(trace: Trace, manifest: Manifest) -> bool:
     """Did every segment of `trace` run a graph or plan that the bundle of `manifest` has now?"""
     if len(trace.files) != len(manifest.segments):
@@ -109,6 +142,9 @@ def is_of(trace: Trace, manifest: Manifest) -> bool:
     return True
 
 
-def _record(runner: Runner, request: TraceRequest, path: Path, progress: bool) -> None:
-    dataset = load_dataset(runner, request.data or ROTTEN_TOMATOES, request.split)
-    save_trace(path, runner.record(dataset.batches, dataset.labels, progress=progress))
+def _record(bundle: Path, runner: Runner, request: TraceRequest, path: Path, progress: bool) -> str:
+    """Record the rows of `request` in `path`; returns the trace's hash."""
+    rows = open_rows(runner, request.data or ROTTEN_TOMATOES, request.split, limit=request.limit)
+    uncut = uncut_call(bundle, runner, request.threads)
+    options = RecordOptions(cost_sizes=SIZES, budget_s=_COST_SECONDS, uncut=uncut, progress=progress)
+    return record_to_file(runner, rows, path, options)

@@ -150,45 +150,56 @@ def load_unlabelled(path: Path) -> tuple[str, ...]:
 
     Raises DataError that names the record without a text.
     """
-    records = records_from(path)
-    for number, record in enumerate(records, start=1):
-        if not isinstance(text := record.get("text"), str) or not text.strip():
-            raise DataError(f"reading {path}, record {number}: got text {text!r}, expected a non-empty text")
-    return tuple(record["text"] for record in records)
+    return tuple(checked_text(record, path, number) for number, record in enumerate(records_from(path), start=1))
 
 
-def records_from(path: Path) -> list[dict[str, Any]]:
-    """Read a .csv or .jsonl file, one dict per record; DataError for another kind of file."""
-    readers: dict[str, Callable[[Path], list[dict[str, Any]]]] = {
+def checked_text(record: dict[str, Any], path: Path, number: int) -> str:
+    """Return the text of a record; DataError if it is missing or blank."""
+    if not isinstance(text := record.get("text"), str) or not text.strip():
+        raise DataError(f"reading {path}, record {number}: got text {text!r}, expected a non-empty text")
+    return text
+
+
+def records_from(path: Path) -> Iterator[dict[str, Any]]:
+    """Read a .csv, .jsonl or .txt file, one dict per record, as it is asked for; DataError for another kind of file."""
+    readers: dict[str, Callable[[Path], Iterator[dict[str, Any]]]] = {
         ".csv": csv_records,
         ".jsonl": jsonl_records,
+        ".txt": txt_records,
     }
     reader = readers.get(path.suffix.lower())
     if reader is None:
-        raise DataError(f"reading {path}: got the suffix {path.suffix!r}, expected .csv or .jsonl")
+        raise DataError(f"reading {path}: got the suffix {path.suffix!r}, expected .csv, .jsonl or .txt")
     return reader(path)
 
 
-def csv_records(path: Path) -> list[dict[str, Any]]:
+def csv_records(path: Path) -> Iterator[dict[str, Any]]:
     """Read a CSV file with a header line, one dict per record; DataError if it cannot be read."""
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
-            return list(csv.DictReader(file))
+            yield from csv.DictReader(file)
     except (OSError, UnicodeDecodeError, csv.Error) as exc:
         raise DataError(f"reading {path}: {exc}; expected a CSV file in UTF-8 with a header line") from exc
 
 
-def jsonl_records(path: Path) -> list[dict[str, Any]]:
+def jsonl_records(path: Path) -> Iterator[dict[str, Any]]:
     """Read a file with one JSON object per line; DataError that names the line if it cannot be read."""
-    records = []
     try:
         with path.open(encoding="utf-8-sig") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    records.append(json_object(line, path, number))
+                    yield json_object(line, path, number)
     except (OSError, UnicodeDecodeError) as exc:
         raise DataError(f"reading {path}: {exc}; expected a JSON-lines file in UTF-8") from exc
-    return records
+
+
+def txt_records(path: Path) -> Iterator[dict[str, Any]]:
+    """Read a file with one text per line, blank lines left out; DataError if it cannot be read."""
+    try:
+        with path.open(encoding="utf-8-sig") as file:
+            yield from ({"text": line.strip()} for line in file if line.strip())
+    except (OSError, UnicodeDecodeError) as exc:
+        raise DataError(f"reading {path}: {exc}; expected a text file in UTF-8") from exc
 
 
 def json_object(line: str, path: Path, number: int) -> dict[str, Any]:

@@ -1,18 +1,20 @@
 """What a batch costs in each segment: measured latencies over batch sizes, L_k(b), and the lines between them.
 
-It measures and interpolates; what follows from the figures is decided by whoever asks (schedule.py).
+It measures and interpolates, for pools (`measure_batch_costs`: the time without other work on the machine) and for
+traces (`measure_trace_costs`: the median); what follows from the figures is decided by whoever asks.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate, pairwise
-from math import isfinite
 from time import perf_counter
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +24,7 @@ from offramp.errors import DataError, InputError, OptionError
 from offramp.runtime.inputs import checked_inputs
 
 if TYPE_CHECKING:
+    from offramp.runtime.row_sample import RowSample
     from offramp.runtime.runner import Runner
 
 SCHEMA = 1
@@ -30,6 +33,8 @@ SIZES = (1, 2, 4, 8, 16, 32)
 _QUANTILE = 0.25
 # Chosen, not measured: of 5 runs, three may be disturbed; more than 200 tell nothing new.
 _MIN_REPETITIONS, _MAX_REPETITIONS = 5, 200
+_WARM_UP_ROUNDS, _MIN_TRACE_ROUNDS = 8, 40  # of a trace's; 40 give batches of 32 rows 5 rounds
+_UNCUT = 0  # beside the batch sizes
 
 _Inputs = dict[str, NDArray[Any]]
 
@@ -52,7 +57,7 @@ class BatchCosts:
         if self.row_size < 1:
             raise DataError(f"batch costs: got row_size {self.row_size}, expected at least 1")
         for segment, line in enumerate(self.ms):
-            is_whole = len(line) == len(self.sizes) and all(isfinite(ms) and ms > 0 for ms in line)
+            is_whole = len(line) == len(self.sizes) and all(math.isfinite(ms) and ms > 0 for ms in line)
             if not is_whole or any(a > b for a, b in pairwise(line)):
                 raise DataError(
                     f"batch costs: segment {segment} has {line}, expected {len(self.sizes)} positive numbers, "
@@ -108,20 +113,93 @@ def measure_batch_costs(
     arrays, num_rows = checked_inputs(inputs, runner.manifest)
     if not num_rows:
         raise InputError("measuring batch costs: got no rows, expected at least one; pass real inputs")
-    limits = runner.manifest.dimensions.get(ROWS)
+    chosen = _sizes_within(sizes, runner.manifest)
+    batches = {size: {name: a[np.arange(size) % num_rows] for name, a in arrays.items()} for size in chosen}
+    chains = {size: partial(_chain_ms, runner, batch) for size, batch in batches.items()}
+    times = _timed_rounds(lambda _: chains, _Rounds(1, _MIN_REPETITIONS, budget_s))
+    typical = np.asarray([np.quantile(times[size], _QUANTILE, axis=0) for size in chosen])  # (B, E)
+    ms = tuple(_straightened(chosen, line) for line in typical.T.tolist())
+    return BatchCosts(tuple(chosen), ms, row_size_from_inputs(arrays, runner.manifest))
+
+
+class TraceCosts(NamedTuple):
+    """What a trace says about time: the fields of that name."""
+
+    costs_ms: NDArray[np.float64]  # (E,)
+    cost_sizes: NDArray[np.int64]  # (B,), without size 1 where nobody asked for it
+    batch_costs_ms: NDArray[np.float64]  # (B, E)
+    uncut_ms: float
+
+
+def measure_trace_costs(
+    runner: Runner,
+    sample: RowSample,
+    sizes: Sequence[int] = SIZES,
+    budget_s: float = 2.0,
+    uncut: Callable[[_Inputs], object] | None = None,
+) -> TraceCosts:
+    """Median times of every segment at every batch size, over rounds that each take other rows of `sample`.
+
+    Single rows are timed whatever `sizes` are, with `uncut` beside them on the same rows. The larger a batch, the
+    rarer: size s in every (s / 4)-th round, so that all have about as many rows. At least 40 rounds, then until
+    `budget_s` seconds are over. Raises OptionError.
+    """
+    chosen = _sizes_within(sizes, runner.manifest) if sizes else []
+
+    def runs(current: int) -> Mapping[int, Callable[[], list[float]]]:
+        single = sample.batch(current, 1)
+        timed = {1: partial(_chain_ms, runner, single)}
+        if uncut:
+            timed[_UNCUT] = partial(_call_ms, uncut, single)
+        first = dict(sorted(timed.items(), reverse=bool(current % 2)))  # neither always comes after the other
+        due = [size for size in chosen if size > 1 and current % max(1, size // 4) == 0]
+        return first | {size: partial(_chain_ms, runner, sample.batch(current * size, size)) for size in due}
+
+    times = _timed_rounds(runs, _Rounds(_WARM_UP_ROUNDS, _MIN_TRACE_ROUNDS, budget_s))
+    medians = {size: np.median(np.asarray(found), axis=0) for size, found in times.items()}
+    table = np.asarray([medians[size] for size in chosen]).reshape(len(chosen), len(runner.engines))  # (B, E)
+    uncut_ms = float(medians[_UNCUT][0]) if uncut else math.nan
+    return TraceCosts(medians[1], np.asarray(chosen, np.int64), table, uncut_ms)
+
+
+def _sizes_within(sizes: Sequence[int], manifest: Manifest) -> list[int]:
+    """Those of `sizes` that the bundle takes, ascending. Raises OptionError when there are none."""
+    limits = manifest.dimensions.get(ROWS)
     chosen = sorted({int(size) for size in sizes if not limits or size <= limits.max})
     if not chosen or chosen[0] < 1:
         raise OptionError(f"measuring batch costs: got sizes {tuple(sizes)}, expected some from 1 to the maximum")
-    batches = [{name: a[np.arange(size) % num_rows] for name, a in arrays.items()} for size in chosen]
-    for batch in batches:  # the first run of a shape plans memory
-        _chain_ms(runner, batch)
-    rounds: list[list[list[float]]] = []  # repetition -> size -> segment
-    end = perf_counter() + budget_s
-    while len(rounds) < _MIN_REPETITIONS or (len(rounds) < _MAX_REPETITIONS and perf_counter() < end):
-        rounds.append([_chain_ms(runner, batch) for batch in batches])
-    typical = np.quantile(np.asarray(rounds), _QUANTILE, axis=0)  # (B, E)
-    ms = tuple(_straightened(chosen, line) for line in typical.T.tolist())
-    return BatchCosts(tuple(chosen), ms, row_size_from_inputs(arrays, runner.manifest))
+    return chosen
+
+
+class _Rounds(NamedTuple):
+    """How often to measure: untimed rounds first, then at least `minimum`, and more until `budget_s` is over."""
+
+    warm_up: int
+    minimum: int
+    budget_s: float
+
+
+def _timed_rounds(
+    runs: Callable[[int], Mapping[int, Callable[[], list[float]]]], rounds: _Rounds
+) -> dict[int, list[list[float]]]:
+    """What the callables of every round said, by their keys; `runs` gives those of one round, one after another."""
+    times: dict[int, list[list[float]]] = {}
+    for current in range(-rounds.warm_up, 0):  # the first run of a shape plans memory
+        for run in runs(current).values():
+            run()
+    end = perf_counter() + rounds.budget_s
+    for current in range(_MAX_REPETITIONS):
+        if current >= rounds.minimum and perf_counter() >= end:
+            break
+        for key, run in runs(current).items():
+            times.setdefault(key, []).append(run())
+    return times
+
+
+def _call_ms(call: Callable[[_Inputs], object], inputs: _Inputs) -> list[float]:
+    start = perf_counter()
+    call(inputs)
+    return [(perf_counter() - start) * 1e3]
 
 
 def row_size_from_inputs(inputs: _Inputs, manifest: Manifest) -> int:

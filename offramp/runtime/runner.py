@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -18,12 +18,12 @@ from numpy.typing import NDArray
 
 from offramp.bundle import ROWS, Manifest, load_manifest, read_certificate, read_file, read_policy
 from offramp.certificate import Certificate, CertificateWarning
-from offramp.errors import BundleError, CertificateError, OptionError
+from offramp.errors import BundleError, CertificateError, DataError, OptionError
 from offramp.policy import FINAL, Policy, score_values
 from offramp.runtime.backends import EngineOptions, open_engines
 from offramp.runtime.engine import Engine, SegmentOutput
 from offramp.runtime.inputs import checked_inputs
-from offramp.runtime.record import record_trace
+from offramp.runtime.record import RecordOptions, Rows, record_trace
 from offramp.runtime.tensorrt.options import TensorRtOptions
 from offramp.runtime.text import TextEncoder
 from offramp.runtime.trimming import trimming_from_manifest
@@ -196,7 +196,14 @@ class Runner:
         plays no part. Raises InputError, OptionError or DataError.
         """
         self._check_open()
-        return record_trace(self, batches, labels, temperatures, progress=progress)
+        rows = [Rows(batch) for batch in batches] if isinstance(batches, Sequence) else map(Rows, batches)
+        trace = record_trace(self, rows, RecordOptions(tuple(temperatures), progress=progress))
+        num_rows = len(trace.labels)
+        if len(labels) not in (0, num_rows):
+            raise DataError(
+                f"recording a trace: got {len(labels)} labels for {num_rows} rows; expected one per row, or none"
+            )
+        return replace(trace, labels=np.asarray(labels, np.int64)) if len(labels) else trace
 
     def close(self) -> None:
         """Close the engines; the runner cannot answer afterwards. Closing twice is fine."""

@@ -133,7 +133,7 @@ def test_files_of_the_user(tmp_path: Path, name: str, content: str) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("a.txt", b"", r"expected \.csv or \.jsonl"),
+        ("a.tsv", b"", r"expected \.csv, \.jsonl or \.txt"),
         ("absent.csv", None, "No such file"),
         ("absent.jsonl", None, "No such file"),
         ("a.csv", b"sentence,label\nx,1\n", r"record 1: got \['label', 'sentence'\]"),
