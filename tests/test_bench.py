@@ -22,6 +22,7 @@ SCRIPTS = {
     "runner_overhead": ["--quick"],
     "trimming": ["--quick"],
     "tensorrt_latency": ["--quick"],
+    "trace_memory": ["--quick"],
 }
 
 
@@ -39,6 +40,8 @@ def test_last_line_is_json(name: str) -> None:
     summary = run_script(name)
     assert summary["bench"] == name
     assert summary["machine"]
+    if name == "trace_memory":
+        assert summary["same_content"]
     if name == "pool":
         random_load = summary["random_load"]
         assert [random_load[fault] for fault in ("lost", "duplicated", "mixed", "rows_left")] == [0] * 4
