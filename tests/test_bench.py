@@ -19,6 +19,8 @@ SCRIPTS = {
     "int8": ["--quick"],
     "pool": ["--quick"],
     "ideal": ["--quick"],
+    "monitor": ["--quick"],
+    "monitor_overhead": ["--quick"],
     "runner_overhead": ["--quick"],
     "trimming": ["--quick"],
     "tensorrt_latency": ["--quick"],

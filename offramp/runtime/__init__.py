@@ -13,6 +13,9 @@ from offramp.runtime.backends import PlanWarning
 from offramp.runtime.costs import BatchCosts, measure_batch_costs
 from offramp.runtime.engine import Engine, SegmentOutput
 from offramp.runtime.fake import FakeEngine, fake_runner
+from offramp.runtime.monitor import Monitor
+from offramp.runtime.monitor_snapshot import Snapshot
+from offramp.runtime.monitor_states import Baseline, Change, MonitorOptions
 from offramp.runtime.pool import Pool
 from offramp.runtime.runner import Result, Runner
 from offramp.runtime.tensorrt.options import TensorRtOptions
@@ -20,15 +23,20 @@ from offramp.runtime.tensorrt.options import TensorRtOptions
 __all__ = [
     "Admission",
     "Answer",
+    "Baseline",
     "BatchCosts",
     "CertificateWarning",
+    "Change",
     "Engine",
     "FakeEngine",
+    "Monitor",
+    "MonitorOptions",
     "PlanWarning",
     "Pool",
     "Result",
     "Runner",
     "SegmentOutput",
+    "Snapshot",
     "TensorRtOptions",
     "fake_runner",
     "measure_batch_costs",

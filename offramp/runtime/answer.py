@@ -19,6 +19,8 @@ from offramp.runtime.runner import Part, Result
 
 if TYPE_CHECKING:
     from offramp.policy import Policy
+    from offramp.runtime.monitor import Monitor
+    from offramp.runtime.monitor_watch import Watch
     from offramp.runtime.pool import Pool
 
 _LOG = logging.getLogger(__name__)
@@ -45,12 +47,14 @@ class Answer:
         "num_rows",
         "parts",
         "policy",
+        "watch",
     )
 
     def __init__(self, pool: Pool, num_rows: int, policy: Policy, deadline_ms: float = inf) -> None:
         self.num_rows = num_rows
         self.policy = policy
         self.deadline_ms = deadline_ms  # on the pool's clock
+        self.watch: Watch | None = None  # what a monitor notes of it
         # All below is written under the pool's lock.
         self.num_left = num_rows  # rows of which nothing was said yet
         self.is_open = True  # nobody has decided yet what the answer will be
@@ -61,6 +65,11 @@ class Answer:
         self._error: BaseException | None = None
         self._callbacks: tuple[Callable[[Answer], object], ...] = ()
         self._waiters: tuple[Any, ...] = ()  # asyncio futures
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """What watches the requests of its pool."""
+        return self._pool.runner.monitor
 
     def done(self) -> bool:
         """Whether the answer, or what refused it, is there."""
@@ -130,6 +139,8 @@ def finish(answers: Sequence[Answer], outcomes: Sequence[Result | BaseException]
     """Write the answers, which the caller has claimed, and wake who waits: one call into each event loop."""
     if not answers:
         return
+    if answers[0].monitor is not None:
+        _observe(answers, outcomes)
     called: list[Answer] = []
     waiters: dict[Any, list[Any]] = {}  # loop -> asyncio futures
     with answers[0]._pool._lock:
@@ -150,6 +161,17 @@ def finish(answers: Sequence[Answer], outcomes: Sequence[Result | BaseException]
         for callback in answer._callbacks:
             _call(callback, answer)
         answer._callbacks = ()
+
+
+def _observe(answers: Sequence[Answer], outcomes: Sequence[Result | BaseException]) -> None:
+    """Tell the monitor, before anybody is told: what it decides is in force for whoever asks next."""
+    for answer, outcome in zip(answers, outcomes, strict=True):
+        if answer.watch is None:
+            continue
+        if isinstance(outcome, Result):
+            answer.watch.monitor.observe(answer.watch, outcome)
+        else:
+            answer.watch.monitor.forget(answer.watch)
 
 
 def refuse(answers: Sequence[Answer], error: Exception) -> None:

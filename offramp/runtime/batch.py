@@ -16,6 +16,7 @@ from offramp.bundle import InputSpec
 from offramp.policy import FINAL, joined, score_values
 from offramp.runtime.answer import Answer
 from offramp.runtime.engine import Engine, SegmentOutput
+from offramp.runtime.monitor_watch import held
 from offramp.runtime.runner import Part, Result, result_from_parts
 from offramp.runtime.waiting import Group, Lane
 
@@ -111,6 +112,8 @@ def decided(
             continue
         state = joined([group.state for group in cohort])
         leaves, reason, state = owners[0].policy.decide(exit_index, said, state)
+        if owners[0].monitor is not None:
+            leaves = held(exit_index, [owner.watch for owner in owners], positions, said, leaves)
         left = leaves.tolist()
         if False not in left:
             leaving.append(Leaving(said, owners, positions, exit_index, reason))

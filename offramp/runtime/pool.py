@@ -118,6 +118,8 @@ class Pool:
                     f"try again later, or open it with Admission(max_rows=…)"
                 )
             self._num_rows += num_rows
+            if self.runner.monitor is not None:
+                answer.watch = self.runner.monitor.begin(source, num_rows, lane.epoch.setting)
             self._push(lane.queues[0], group)
             if deadline_ms != inf:
                 self._note_deadline(answer)

@@ -23,6 +23,8 @@ from offramp.policy import FINAL, Policy, score_values
 from offramp.runtime.backends import EngineOptions, open_engines
 from offramp.runtime.engine import Engine, SegmentOutput
 from offramp.runtime.inputs import checked_inputs
+from offramp.runtime.monitor import Monitor
+from offramp.runtime.monitor_watch import Watch, WatchedPolicy
 from offramp.runtime.record import RecordOptions, Rows, record_trace
 from offramp.runtime.tensorrt.options import TensorRtOptions
 from offramp.runtime.text import TextEncoder
@@ -66,10 +68,11 @@ class Runner:
         *,
         backend: str = "fake",
         precision: str = "fp32",
+        monitor: Monitor | None = None,
     ) -> None:
-        """A runner over `engines`, one per segment of `manifest`; `close` closes them.
+        """A runner over `engines`, one per segment of `manifest`; `close` closes them. `monitor` watches its requests.
 
-        Raises OptionError when their numbers differ or the policy is for another model.
+        Raises OptionError when their numbers differ or the policy, or the monitor, is for another model.
         """
         if len(engines) != len(manifest.segments):
             raise OptionError(
@@ -93,7 +96,9 @@ class Runner:
         self._max_rows = limits.max if limits else sys.maxsize
         self._positions = np.arange(min(self._max_rows, _USUAL_ROWS))
         self._trimming = trimming_from_manifest(manifest, precision)
+        self._monitor: Monitor | None = None
         self.policy = policy
+        self.monitor = monitor
 
     @classmethod
     def open(  # noqa: PLR0913  (all but the bundle by name)
@@ -106,6 +111,7 @@ class Runner:
         tensorrt: TensorRtOptions = TensorRtOptions(),  # noqa: B008  (frozen)
         *,
         require_certificate: bool = False,
+        monitor: Monitor | None = None,
     ) -> Runner:
         """A runner over the bundle in directory `bundle`; `policy=None` takes the bundle's own.
 
@@ -114,8 +120,8 @@ class Runner:
 
         A certificate of the bundle that does not hold for these engines under the bundle's own policy is a
         CertificateWarning. With `require_certificate` it is an error, and so are no certificate and a policy of your
-        own that it is not for. Raises OptionError, BundleError (CorruptError, VersionError, CertificateError) or
-        BackendError.
+        own that it is not for. `monitor` watches all requests. Raises OptionError, BundleError (CorruptError,
+        VersionError, CertificateError) or BackendError.
         """
         path = Path(bundle)
         manifest = load_manifest(path)
@@ -123,7 +129,14 @@ class Runner:
         _check_policy(chosen, manifest)
         tokenizer = read_file(path, manifest.text.tokenizer) if manifest.text else b""
         opened = open_engines(path, manifest, EngineOptions(backend, precision, threads, tensorrt))
-        runner = cls(opened.engines, opened.manifest, chosen, backend=opened.backend, precision=opened.precision)
+        runner = cls(
+            opened.engines,
+            opened.manifest,
+            chosen,
+            backend=opened.backend,
+            precision=opened.precision,
+            monitor=monitor,
+        )
         runner.files = opened.files
         if manifest.text:
             runner._text = TextEncoder(tokenizer, manifest.text, opened.manifest)
@@ -147,6 +160,21 @@ class Runner:
         inverse = tuple(policy.inverse_temperatures(num_exits))
         self._policy = policy
         self.setting = Setting(policy, sources, inverse)  # one assignment: a request sees the old one or the new one
+        if self._monitor is not None:
+            self._monitor.policy_changed(policy)
+
+    @property
+    def monitor(self) -> Monitor | None:
+        """What watches the requests that begin from now on; None: nothing does, and nothing is spent on it."""
+        return self._monitor
+
+    @monitor.setter
+    def monitor(self, monitor: Monitor | None) -> None:
+        if monitor is not None:
+            unlearned = [k for k, spec in enumerate(self.manifest.exits) if not spec.learned]
+            monitor.attach(len(self.manifest.exits), unlearned)
+            monitor.policy_changed(self._policy)
+        self._monitor = monitor
 
     @property
     def certificate(self) -> Certificate | None:
@@ -171,16 +199,17 @@ class Runner:
         self._check_open()
         arrays, num_rows = checked_inputs(inputs, self.manifest)
         setting = self.setting
-        policy = setting.policy_of(source)
-        parts: list[Part] = []
-        for start in range(0, num_rows, self._max_rows):
-            if num_rows <= self._max_rows:
-                self._run_chunk(arrays, self._first(num_rows), policy, setting.inverse_temperatures, parts)
-            else:
-                live = np.arange(start, min(start + self._max_rows, num_rows))
-                chunk = {name: array[start : start + len(live)] for name, array in arrays.items()}
-                self._run_chunk(chunk, live, policy, setting.inverse_temperatures, parts)
-        return result_from_parts(parts, num_rows, self.manifest.exits[0].num_classes, policy.score)
+        monitor = self._monitor
+        if monitor is None:
+            return self._answer(arrays, num_rows, setting, setting.policy_of(source), None)
+        watch = monitor.begin(source, num_rows, setting)
+        try:
+            result = self._answer(arrays, num_rows, setting, watch.policy, watch)
+        except BaseException:
+            monitor.forget(watch)
+            raise
+        monitor.observe(watch, result)
+        return result
 
     def record(
         self,
@@ -247,11 +276,30 @@ class Runner:
         """Positions 0 … count - 1; not to be written to."""
         return self._positions[:count] if count <= len(self._positions) else np.arange(count)
 
+    def _answer(
+        self,
+        arrays: dict[str, NDArray[Any]],
+        num_rows: int,
+        setting: Setting,
+        policy: Policy,
+        watch: Watch | None,
+    ) -> Result:
+        """Answer the N rows of `arrays`, split where the bundle's maximum asks for it."""
+        parts: list[Part] = []
+        for start in range(0, num_rows, self._max_rows):
+            live, chunk = self._first(num_rows), arrays
+            if num_rows > self._max_rows:
+                live = np.arange(start, min(start + self._max_rows, num_rows))
+                chunk = {name: array[start : start + len(live)] for name, array in arrays.items()}
+            rule = policy if watch is None or not watch.is_holding else WatchedPolicy(watch, live)
+            self._run_chunk(chunk, live, rule, setting.inverse_temperatures, parts)
+        return result_from_parts(parts, num_rows, self.manifest.exits[0].num_classes, policy.score)
+
     def _run_chunk(
         self,
         inputs: dict[str, NDArray[Any]],
         live: NDArray[np.int64],
-        policy: Policy,
+        policy: Policy | WatchedPolicy,
         inverse_temperatures: tuple[np.float32, ...],
         parts: list[Part],
     ) -> None:
