@@ -167,8 +167,10 @@ class Placement:
     alternatives: tuple[Alternative, ...]
 
     def document(self) -> dict[str, Any]:
-        """Everything as one object that `json.dumps` takes."""
-        return {**dataclasses.asdict(self), "policy": json.loads(self.policy.to_json())}
+        """Everything as one object that `json.dumps` takes; no bound is null."""
+        bound = self.options.max_worst_case
+        options = dataclasses.asdict(self.options) | {"max_worst_case": bound if math.isfinite(bound) else None}
+        return {**dataclasses.asdict(self), "options": options, "policy": json.loads(self.policy.to_json())}
 
 
 def place(trace: Trace, costs: Costs, options: PlacementOptions, temperatures: Sequence[float] = ()) -> Placement:
