@@ -10,6 +10,7 @@ import click
 from offramp.command_line.answering import bench, run
 from offramp.command_line.looking import doctor, inspect, verify
 from offramp.command_line.making import build_engine, export, train
+from offramp.command_line.placing import place
 from offramp.command_line.tracing import trace
 from offramp.command_line.tuning import calibrate
 from offramp.errors import BuildError, DataError, InputError, OfframpError, OptionError
@@ -44,12 +45,26 @@ def main() -> None:
     offramp export checkpoint -o bundle         cut it at the exits, lower to FP16, verify
     offramp build-engine bundle                 one TensorRT engine per segment
     offramp trace bundle                        what every exit says, on the real engines
+    offramp place bundle -o placed              keep the exits that pay
     offramp calibrate bundle                    temperatures and thresholds
     offramp run bundle < texts.txt              answer, each row at the first sure exit
     """
 
 
-for _command in (train, export, build_engine, trace, calibrate, run, bench, inspect, verify, doctor):
+_COMMANDS = (
+    train,
+    export,
+    build_engine,
+    trace,
+    place,
+    calibrate,
+    run,
+    bench,
+    inspect,
+    verify,
+    doctor,
+)
+for _command in _COMMANDS:
     main.add_command(_command)
 
 

@@ -48,6 +48,16 @@ class CutModel:
     derived: Mapping[str, tuple[str, int]]  # dimension name -> a tensor of the whole graph, and its axis
 
 
+@dataclass(frozen=True)
+class ProbedGraph:
+    """A whole graph and what its tensors are: looked at once, cut as often as one likes."""
+
+    view: GraphView
+    probe: Probe
+    inputs: Sequence[InputSpec]
+    dimensions: Mapping[str, DimensionSpec]
+
+
 def segments_from_graph(
     model: ModelProto,
     exits: Sequence[str],
@@ -63,10 +73,30 @@ def segments_from_graph(
     Raises CutError, with the tensor or operator named, when the graph cannot be cut there, and CaptureError when
     a dimension is not dynamic as declared.
     """
+    return segments_from_probed(probed_graph(model, exits, inputs, dimensions, example, learned), exits, learned)
+
+
+def probed_graph(
+    model: ModelProto,
+    exits: Sequence[str],
+    inputs: Sequence[InputSpec],
+    dimensions: Mapping[str, DimensionSpec],
+    example: Arrays,
+    learned: Mapping[str, str] = _NONE_LEARNED,
+) -> ProbedGraph:
+    """`model`, found fit to be cut at `exits` or some of them, and run on `example`. Arguments and errors as above."""
     view = GraphView(inliner.inline_local_functions(model) if model.functions else model)
     check_graph(view, exits, learned)
-    probe = probe_graph(view, inputs, dimensions, example)
+    return ProbedGraph(view, probe_graph(view, inputs, dimensions, example), inputs, dimensions)
+
+
+def segments_from_probed(
+    probed: ProbedGraph, exits: Sequence[str], learned: Mapping[str, str] = _NONE_LEARNED
+) -> CutModel:
+    """Cut a probed graph at `exits`. Raises CutError."""
+    view, probe, inputs = probed.view, probed.probe, probed.inputs
     num_classes = _check_exits(probe, exits)
+    learned = {name: learned[name] for name in exits if name in learned}
     _check_learned(probe, learned)
     outputs = [(name, learned[name]) if name in learned else (name,) for name in exits]
     plans = _plan_segments(view, probe, outputs, CostModel())
@@ -84,7 +114,7 @@ def segments_from_graph(
             )
         )
         before = plan.carried
-    return CutModel(tuple(segments), num_classes, _derived_dimensions(probe, plans, dimensions))
+    return CutModel(tuple(segments), num_classes, _derived_dimensions(probe, plans, probed.dimensions))
 
 
 def _check_exits(probe: Probe, exits: Sequence[str]) -> int:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
-import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
 from offramp.bundle import (
@@ -44,9 +44,11 @@ from offramp.storage import staged_directory
 PRECISIONS = ("fp32", "fp16", "int8")
 WHOLE = "whole.onnx"  # in the reference: the graph that was cut
 INPUTS = "inputs.npz"  # beside it: real inputs to verify with
+CALIBRATION = "calibration.npz"  # and all batches that calibrated and verified it, to cut it again: NUMBER/INPUT
 # Tools whose version decides the bytes of a graph.
 _TOOLS = ("offramp", "torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "nvidia-modelopt")
 _VERIFIED_BATCHES = 16
+_KEPT_BYTES = 64 * 2**20  # of calibration batches; token ids take far less, images may not
 
 Progress = Callable[[str], None]
 
@@ -77,11 +79,20 @@ class ExportOptions:
         return {name: tolerances[name] for name in tolerances if name in self.precision.split(",")}
 
 
+@dataclass(frozen=True)
+class Extras:
+    """What goes into a bundle beside the model: a policy, and files below reports/ by name."""
+
+    policy: Policy = field(default_factory=Policy.full_depth)
+    reports: Mapping[str, bytes] = field(default_factory=dict)
+
+
 def export_bundle(
     source: ModelSource,
     bundle: Path,
     options: ExportOptions = ExportOptions(),
     progress: Progress = lambda _: None,
+    extras: Extras = Extras(),
 ) -> Manifest:
     """Cut `source` at its exits, lower and verify the segments, and write `bundle` and `bundle`.reference.
 
@@ -113,8 +124,9 @@ def export_bundle(
     files = _graph_files(graphs)
     whole = source.graph.SerializeToString(deterministic=True)
     manifest = _manifest(source, cut, dimensions, files, parity, file_record(WHOLE, whole))
-    manifest = replace(manifest, trims=trims)
-    _write(bundle, manifest, source, files, whole)
+    policy = PolicyRecord(file_record(POLICY, extras.policy.to_json().encode()).sha256)
+    manifest = replace(manifest, trims=trims, policy=policy)
+    _write(bundle, manifest, source, files, whole, extras)
     return manifest
 
 
@@ -249,7 +261,7 @@ def _manifest(
         dimensions=dimensions,
         exits=_exit_specs(source, cut),
         segments=segments,
-        policy=PolicyRecord(file_record(POLICY, _default_policy()).sha256),
+        policy=PolicyRecord(""),  # the caller's
         reference_sha256=reference.sha256,
         labels=source.labels,
         text=text,
@@ -260,10 +272,6 @@ def _manifest(
 
 def _exit_specs(source: ModelSource, cut: CutModel) -> tuple[ExitSpec, ...]:
     return tuple(ExitSpec(name, cut.num_classes, source.learned.get(name, "")) for name in source.exits)
-
-
-def _default_policy() -> bytes:
-    return Policy.full_depth().to_json().encode()
 
 
 def _tool_versions() -> dict[str, str]:
@@ -282,13 +290,13 @@ def _write(
     source: ModelSource,
     files: Mapping[str, Sequence[tuple[FileRecord, bytes]]],
     whole: bytes,
+    extras: Extras,
 ) -> None:
     """Write both, then move the bundle into place, then the reference: nothing moves before all is written."""
-    samples = io.BytesIO()
-    np.savez(samples, allow_pickle=False, **source.calibration[0])
     with staged_directory(reference_path(bundle)) as beside, staged_directory(bundle) as staging:
         (beside / WHOLE).write_bytes(whole)
-        (beside / INPUTS).write_bytes(samples.getvalue())
+        np.savez(beside / INPUTS, allow_pickle=False, **source.calibration[0])
+        _save_calibration(beside / CALIBRATION, source.calibration)
         for records in files.values():
             for record, content in records:
                 path = staging / record.path
@@ -296,5 +304,20 @@ def _write(
                 path.write_bytes(content)
         if source.text:
             (staging / "tokenizer.json").write_bytes(source.text.tokenizer)
-        (staging / POLICY).write_bytes(_default_policy())
+        (staging / POLICY).write_bytes(extras.policy.to_json().encode())
+        for name, content in extras.reports.items():
+            (staging / "reports").mkdir(exist_ok=True)
+            (staging / "reports" / name).write_bytes(content)
         (staging / MANIFEST).write_bytes(manifest_bytes(manifest))
+
+
+def _save_calibration(path: Path, batches: Sequence[Arrays]) -> None:
+    """The batches that are verified with, as many as are not too large to keep."""
+    kept: dict[str, NDArray[np.generic]] = {}
+    num_bytes = 0
+    for index, batch in enumerate(batches[:_VERIFIED_BATCHES]):
+        num_bytes += sum(array.nbytes for array in batch.values())
+        if index and num_bytes > _KEPT_BYTES:
+            break
+        kept |= {f"{index:02d}/{name}": array for name, array in batch.items()}
+    np.savez(path, allow_pickle=False, **kept)

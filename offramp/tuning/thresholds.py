@@ -67,7 +67,7 @@ def fastest_thresholds(
     quotas = fastest_quotas(search)
     limits: list[float | None] = [None] * (trace.num_exits - 1)
     for k, (_, edges), quota in zip(early, grouped, quotas, strict=False):
-        limits[k] = _limit(edges, quota, score)
+        limits[k] = limit_from_quota(edges, quota, score)
     return replace(policy, limits=tuple(limits))
 
 
@@ -87,7 +87,7 @@ def thresholds_for_speedup(trace: Trace, score: str, target: float, temperatures
     _, edges = _levels_and_edges(_doubts(scores[:, early], score).ravel())
 
     def policy(quota: int) -> Policy:
-        limit = _limit(edges, quota, score)
+        limit = limit_from_quota(edges, quota, score)
         return replace(closed, limits=tuple(limit if k in early else None for k in range(trace.num_exits - 1)))
 
     def speedup(quota: int) -> float:
@@ -151,6 +151,14 @@ def check_drop(max_drop: float) -> None:
         raise OptionError(f"thresholds: got a drop of {max_drop}, expected 0 to 1; 0.01 is one row in a hundred")
 
 
+def levels_from_scores(scores: NDArray[np.float32], score: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The levels of one exit's scores (N,), the surest first, and the edges (G,) that `limit_from_quota` takes.
+
+    Raises DataError for scores outside [0, 1].
+    """
+    return _levels_and_edges(_doubts(scores, score))
+
+
 def _doubts(scores: NDArray[np.float32], score: str) -> NDArray[np.float64]:
     """`scores` turned so that small is sure, whatever the score."""
     is_rounded = (scores >= -MIN_GAP) & (scores <= 1 + MIN_GAP)  # False for NaN
@@ -173,7 +181,7 @@ def _levels_and_edges(doubt: NDArray[np.float64]) -> tuple[NDArray[np.int64], ND
     return level[position], (distinct[last] + following) / 2
 
 
-def _limit(edges: NDArray[np.float64], quota: int, score: str) -> float | None:
+def limit_from_quota(edges: NDArray[np.float64], quota: int, score: str) -> float | None:
     """The threshold that lets the levels below `quota` leave; a float32 number, as scores are."""
     if quota == 0:
         return None

@@ -110,7 +110,7 @@ def test_reference_lies_beside(tmp_path) -> None:
     steps: list[str] = []
     manifest = export_bundle(source, tmp_path / "bundle", FP32, steps.append)
     reference = reference_path(tmp_path / "bundle")
-    assert set(files_of(reference)) == {"whole.onnx", "inputs.npz"}
+    assert set(files_of(reference)) == {"whole.onnx", "inputs.npz", "calibration.npz"}
     assert files_of(reference)["whole.onnx"] == manifest.reference_sha256
     with np.load(reference / "inputs.npz") as saved:
         np.testing.assert_array_equal(saved["x"], source.example["x"])

@@ -1,0 +1,437 @@
+"""Placement: which exits to keep, and their thresholds, from a trace and measured costs.
+
+Sought is the least expected latency of one row, over all subsets of the exits and thresholds on one score per kept
+exit, subject to two bounds: at most so many rows of the trace lost, and full depth at most so many times the uncut
+model. What is exact over what, and why, is proven in `placement_search`; what it finds is replayed on the trace by the
+policy itself before it is believed.
+
+Costs add up. A row that passes exit k pays segment k, what exit k costs, and segment k + 1 less that; dropping the exit
+saves its cost and nothing else. So full depth costs the sum of the segments less the costs of the dropped exits, and
+E - 1 measured numbers price all 2^(E - 1) bundles.
+
+The risk is empirical: thresholds that are chosen on rows do better on them than on others. So no more losses are spent
+than a certificate on as many rows would allow (`Options.max_lost`). A certificate it is not: the bundle that a
+placement makes has engines of its own, and `offramp calibrate` certifies those.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.binomial import allowed_losses, rows_needed
+from offramp.errors import DataError, OptionError
+from offramp.policy import POLICY_SCORES, Policy
+from offramp.trace import UNKNOWN, Trace
+from offramp.tuning import placement_search
+from offramp.tuning.placement_search import Choice, Found, Instance, Role
+from offramp.tuning.replay import replay
+from offramp.tuning.thresholds import levels_from_scores, limit_from_quota, score_columns
+
+Risk = Literal["consistency", "accuracy_gap"]
+
+CERTIFIED_SHARE = 2 / 3  # of the rows are tested by `offramp calibrate`; on the rest it learns what to test
+MAX_EXITS = 16  # before the final one; more would take 2^16 subsets and too coarse a grid
+_TICKS = 2**30  # a full pass: sums over 2^23 rows are exact in int64, so that ties are ties
+_SUBSET_CELLS = 2**16  # of the products for one subset of the table of alternatives
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What one row pays, all measured side by side. Raises DataError for numbers that make no sense."""
+
+    segments_ms: tuple[float, ...]  # E: for a row that goes on, the decision included
+    exits_ms: tuple[float, ...]  # E - 1: saved per row that passes when the exit is dropped
+    uncut_ms: float  # the uncut model with the same settings
+
+    def __post_init__(self) -> None:
+        numbers = (*self.segments_ms, *self.exits_ms, self.uncut_ms)
+        fits = len(self.exits_ms) == len(self.segments_ms) - 1 and all(map(math.isfinite, numbers))
+        if not (fits and min(self.segments_ms) > 0 and min(self.exits_ms, default=0) >= 0 and self.uncut_ms > 0):
+            raise DataError(
+                f"placement: got segments of {self.segments_ms} ms, exits of {self.exits_ms} ms and {self.uncut_ms} ms "
+                f"uncut; expected a time per segment, one per exit before the final one, and the uncut model's"
+            )
+
+    def path_ms(self, kept: Iterable[int]) -> NDArray[np.float64]:
+        """What a row pays that leaves at exit k, (E,), with the early exits `kept`."""
+        saved = np.array([0.0, *(0.0 if k in set(kept) else cost for k, cost in enumerate(self.exits_ms))])
+        return np.cumsum(np.asarray(self.segments_ms) - saved)
+
+    def worst_case(self, kept: Iterable[int]) -> float:
+        """Full depth with the early exits `kept` ÷ the uncut model."""
+        return float(self.path_ms(kept)[-1]) / self.uncut_ms
+
+
+@dataclass(frozen=True)
+class PlacementOptions:
+    """What to optimise under. Raises OptionError for values that make no sense."""
+
+    score: str = "max_prob"
+    risk: Risk = "consistency"
+    max_risk: float = 0.01
+    confidence: float = 0.95
+    max_worst_case: float = 1.05  # full depth ÷ uncut; math.inf for no bound
+    is_chosen: bool = True  # by the search; else the exits are those in `keep`
+    keep: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.score not in POLICY_SCORES:
+            raise OptionError(f"place: got score {self.score!r}, expected one of {', '.join(POLICY_SCORES)}")
+        if self.risk not in get_args(Risk):
+            raise OptionError(f"place: got risk {self.risk!r}, expected one of {', '.join(get_args(Risk))}")
+        if not (0 < self.max_risk < 1 and 0 < self.confidence < 1):
+            raise OptionError(
+                f"place: got a risk of {self.max_risk} with confidence {self.confidence}, expected numbers between 0 "
+                f"and 1, such as 0.01 and 0.95"
+            )
+        if not self.max_worst_case > 0:
+            raise OptionError(f"place: got a worst case of {self.max_worst_case}, expected a factor such as 1.05")
+
+    def max_lost(self, num_rows: int) -> int:
+        """Of `num_rows` rows that count, those that may be lost: the share that a certificate on them could have.
+
+        The certificate tests two thirds of them, so that is where the share comes from. Raises DataError when not even
+        a policy without a loss could be certified.
+        """
+        num_tested = int(num_rows * CERTIFIED_SHARE)
+        allowed = allowed_losses(num_tested, self.max_risk, 1 - self.confidence)
+        if allowed < 0:
+            least = math.ceil(rows_needed(self.max_risk, 1 - self.confidence) / CERTIFIED_SHARE)
+            raise DataError(
+                f"place: got {num_rows} rows that count, and a risk of {self.max_risk} at confidence {self.confidence} "
+                f"takes {least}: not even a policy without a loss could be certified; pass more data, or another risk"
+            )
+        return allowed * num_rows // num_tested
+
+
+@dataclass(frozen=True)
+class PlacedExit:
+    """One early exit of the old bundle: what it does for a row on average, and what that costs.
+
+    A kept exit is seen as added to those before it, so that the end of the uncut chain, less all `saves_ms`, plus all
+    `costs_ms`, is what the placement expects. A dropped one is seen as added to the placement, thresholds chosen anew.
+    """
+
+    exit_index: int
+    is_kept: bool
+    threshold: float | None
+    reached: float  # share of the rows that get here
+    share: float  # of the rows, that leave here
+    exit_ms: float  # what passing it costs a row
+    saves_ms: float
+    costs_ms: float
+    toggled_ms: float | None  # expected when this exit alone is dropped, or added; None: no such choice was found
+
+
+@dataclass(frozen=True)
+class Alternative:
+    """The best choice with so many early exits."""
+
+    num_kept: int
+    kept: tuple[int, ...]
+    thresholds: tuple[float | None, ...]  # of the kept ones
+    expected_ms: float
+    worst_case: float  # full depth ÷ uncut
+    lost: int
+    is_allowed: bool  # within the bound on the worst case
+
+
+@dataclass(frozen=True)
+class Placement:
+    """A choice of exits and thresholds, and how it came about. `policy` is for the bundle with the kept exits only."""
+
+    kept: tuple[int, ...]  # of the old bundle, the final exit included
+    policy: Policy
+    options: PlacementOptions
+    costs: Costs
+    num_rows: int
+    max_lost: int
+    lost: int
+    expected_ms: float
+    no_exits_ms: float  # of one segment with the final exit only
+    all_exits_ms: (
+        float  # expected with all exits that may be kept, their thresholds chosen as well; whatever its worst case
+    )
+    worst_case: float
+    is_complete: bool  # optimal over all thresholds of all subsets; else over the products described in the search
+    combinations: int
+    exits: tuple[PlacedExit, ...]
+    alternatives: tuple[Alternative, ...]
+
+    def document(self) -> dict[str, Any]:
+        """Everything as one object that `json.dumps` takes; no bound is null."""
+        bound = self.options.max_worst_case
+        options = dataclasses.asdict(self.options) | {"max_worst_case": bound if math.isfinite(bound) else None}
+        return {**dataclasses.asdict(self), "options": options, "policy": json.loads(self.policy.to_json())}
+
+
+def place(trace: Trace, costs: Costs, options: PlacementOptions, temperatures: Sequence[float] = ()) -> Placement:
+    """The exits and thresholds of least expected latency on `trace`, whose costs of its own play no part.
+
+    `temperatures` (E,) are those of all exits; the kept ones keep theirs. Raises DataError when no row counts or the
+    costs are for another model, OptionError when no choice meets the bounds.
+    """
+    problem = _Problem.of(trace, costs, options, tuple(temperatures))
+    found = placement_search.search(problem.instance, problem.allowed)
+    choices = dict(found.choices)
+    for kept in _best_by_size(choices):
+        _improve(problem, choices, kept, found.is_complete)
+    _improve(problem, choices, problem.everything, found.is_complete)
+    best = placement_search.best_of(choices, problem.allowed)
+    problem.check(best)
+    return _placement(problem, found, choices, best)
+
+
+@dataclass(frozen=True)
+class _Problem:
+    """A trace, costs and options as the search wants them, and the way back."""
+
+    trace: Trace
+    costs: Costs
+    options: PlacementOptions
+    temperatures: tuple[float, ...]  # E, or none for 1
+    edges: tuple[NDArray[np.float64], ...]  # per early exit
+    instance: Instance
+    allowed: NDArray[np.bool_]  # (2^m,): subsets within the bound on the worst case
+
+    @classmethod
+    def of(cls, trace: Trace, costs: Costs, options: PlacementOptions, temperatures: tuple[float, ...]) -> _Problem:
+        num_early = trace.num_exits - 1
+        if len(costs.exits_ms) != num_early or num_early > MAX_EXITS:
+            raise DataError(
+                f"place: got costs of {len(costs.segments_ms)} segments and a trace of {trace.num_exits} exits, "
+                f"expected as many, at most {MAX_EXITS + 1}"
+            )
+        counted, lost = lost_rows(trace, options.risk)
+        scores = score_columns(
+            trace, options.score, Policy(temperatures=temperatures).inverse_temperatures(num_early + 1)
+        )
+        roles = _roles(trace, options)
+        grouped = [
+            levels_from_scores(scores[:, k], options.score)
+            if roles[k] != "dropped"
+            else (np.zeros(len(scores), np.int64), np.zeros(1))
+            for k in range(num_early)
+        ]
+        full_ms = sum(costs.segments_ms)
+        ticks = np.rint(np.array(costs.segments_ms) / full_ms * _TICKS).astype(np.int64)
+        saved = np.rint(np.array(costs.exits_ms) / full_ms * _TICKS).astype(np.int64)
+        levels = np.array([levels for levels, _ in grouped], np.int64).reshape(num_early, len(scores)).T
+        instance = Instance(levels, lost, ticks, saved, options.max_lost(counted), roles)
+        return cls(
+            trace,
+            costs,
+            options,
+            temperatures,
+            tuple(edges for _, edges in grouped),
+            instance,
+            _allowed(costs, options, roles),
+        )
+
+    @property
+    def num_early(self) -> int:
+        return self.trace.num_exits - 1
+
+    @property
+    def everything(self) -> int:
+        """The subset of all exits that may be kept."""
+        return sum(1 << k for k, role in enumerate(self.instance.roles) if role != "dropped")
+
+    def expected_ms(self, choice: Choice) -> float:
+        return choice.cost / _TICKS * sum(self.costs.segments_ms) / len(self.instance.levels)
+
+    def thresholds(self, choice: Choice) -> tuple[float | None, ...]:
+        """Of the kept early exits, in order of depth."""
+        return tuple(
+            limit_from_quota(self.edges[k], choice.quotas[k], self.options.score) for k in exits_of(choice.kept)
+        )
+
+    def policy(self, choice: Choice) -> Policy:
+        """The policy of the bundle that has only the kept exits."""
+        kept = (*exits_of(choice.kept), self.num_early)
+        temperatures = tuple(self.temperatures[k] for k in kept) if self.temperatures else ()
+        return Policy.thresholds(self.options.score, self.thresholds(choice), temperatures)
+
+    def exit_index(self, kept: Sequence[int], quotas: Sequence[int]) -> NDArray[np.int64]:
+        """Where every row leaves, (N,), with the early exits `kept`."""
+        exit_index = np.full(len(self.instance.levels), self.num_early)
+        for k in sorted(kept, reverse=True):
+            exit_index[self.instance.levels[:, k] < quotas[k]] = k
+        return exit_index
+
+    def check(self, choice: Choice) -> None:
+        """The policy decides as the search counted; anything else would be our own bug."""
+        kept = (*exits_of(choice.kept), self.num_early)
+        decided = replay(self.policy(choice), trace_of_exits(self.trace, kept))
+        exit_index = np.array(kept)[decided.exit_index]
+        assert (exit_index == self.exit_index(kept[:-1], choice.quotas)).all(), "the policy decides otherwise"
+        lost = np.pad(self.instance.lost, ((0, 0), (0, 1)))
+        assert int(lost[np.arange(len(lost)), exit_index].sum()) == choice.lost, "the losses were counted otherwise"
+
+
+def lost_rows(trace: Trace, risk: Risk) -> tuple[int, NDArray[np.bool_]]:
+    """The number of rows that count for `risk`, and which of them an early exit loses, (N, E - 1).
+
+    Consistency: the exit says something else than the final exit. Accuracy gap: the exit is wrong where the final exit
+    is right. Raises DataError when no row counts.
+    """
+    early, final = trace.predictions[:, :-1], trace.predictions[:, -1:]
+    known = np.full(len(early), True) if risk == "consistency" else trace.labels != UNKNOWN
+    if not known.any():
+        raise DataError(f"place: got {len(early)} rows, none that counts for {risk}; pass data with labels")
+    lost = early != final if risk == "consistency" else (final == trace.labels[:, None]) & (early != final)
+    return int(known.sum()), lost & known[:, None]
+
+
+def trace_of_exits(trace: Trace, kept: Sequence[int]) -> Trace:
+    """What the exits `kept`, the final one last, said: enough to replay a policy. It has no costs."""
+    columns = list(kept)
+    return Trace(
+        logits=trace.logits[:, columns],
+        scores=trace.scores[:, columns],
+        predictions=trace.predictions[:, columns],
+        temperatures=trace.temperatures[columns],
+        labels=trace.labels,
+        costs_ms=np.ones(len(columns)),
+        fingerprint=trace.fingerprint,
+        backend=trace.backend,
+        precision=trace.precision,
+        learned=trace.learned[:, columns] if trace.learned.size else trace.learned,
+    )
+
+
+def exits_of(kept: int) -> tuple[int, ...]:
+    """The exits of a subset, in order of depth."""
+    return tuple(k for k in range(kept.bit_length()) if kept >> k & 1)
+
+
+def _roles(trace: Trace, options: PlacementOptions) -> tuple[Role, ...]:
+    """What may become of every early exit; one without the score can only be dropped, or kept closed."""
+    early = range(trace.num_exits - 1)
+    if unknown := sorted(set(options.keep) - {*early, trace.num_exits - 1}):
+        raise OptionError(
+            f"--keep: got {unknown}, expected exits 0 to {trace.num_exits - 1}; the final one always stays"
+        )
+    has_score = trace.has_learned if options.score == "learned" else (True,) * trace.num_exits
+    if not options.is_chosen:
+        if lacking := [k for k in early if k in options.keep and not has_score[k]]:
+            raise OptionError(f"--keep: exits {lacking} have no score {options.score!r}; choose another --score")
+        return tuple("kept" if k in options.keep else "dropped" for k in early)
+    return tuple("free" if has_score[k] else "dropped" for k in early)
+
+
+def _allowed(costs: Costs, options: PlacementOptions, roles: Sequence[Role]) -> NDArray[np.bool_]:
+    """Which subsets meet the bound on the worst case, (2^m,); all of them when the exits are given."""
+    if not options.is_chosen:
+        return np.full(2 ** len(roles), True)
+    worst = np.full(2 ** len(roles), float(sum(costs.segments_ms)))
+    for k, exit_ms in enumerate(costs.exits_ms):
+        worst[np.arange(len(worst)) >> k & 1 == 0] -= exit_ms
+    worst /= costs.uncut_ms
+    if worst[0] > options.max_worst_case:
+        raise OptionError(
+            f"place: without any early exit, full depth takes {worst[0]:.3f} times the uncut model already, and "
+            f"at most {options.max_worst_case} was asked for; measure again on a quiet machine (--measure), or raise "
+            f"--max-worst-case"
+        )
+    return worst <= options.max_worst_case
+
+
+def _best_by_size(choices: placement_search.Choices) -> list[int]:
+    """The subset of the best choice with 0, 1, … exits."""
+    best: dict[int, Choice] = {}
+    for choice in sorted(choices.values()):
+        best.setdefault(choice.kept.bit_count(), choice)
+    return [choice.kept for _, choice in sorted(best.items())]
+
+
+def _improve(problem: _Problem, choices: placement_search.Choices, kept: int, is_complete: bool) -> None:
+    """Search the thresholds of one subset on their own, where the search over all subsets was not complete."""
+    roles: tuple[Role, ...] = tuple("kept" if kept >> k & 1 else "dropped" for k in range(problem.num_early))
+    if is_complete and kept in choices:
+        return
+    instance = dataclasses.replace(problem.instance, roles=roles)
+    every = np.full(2**problem.num_early, True)
+    found = placement_search.search(instance, every, _SUBSET_CELLS, _SUBSET_CELLS)
+    placement_search.merge(choices, found.choices.values())
+
+
+def _placement(problem: _Problem, found: Found, choices: placement_search.Choices, best: Choice) -> Placement:
+    options, costs = problem.options, problem.costs
+    return Placement(
+        kept=(*exits_of(best.kept), problem.num_early),
+        policy=problem.policy(best),
+        options=options,
+        costs=costs,
+        num_rows=len(problem.instance.levels),
+        max_lost=problem.instance.max_lost,
+        lost=best.lost,
+        expected_ms=problem.expected_ms(best),
+        no_exits_ms=float(costs.path_ms(())[-1]),
+        all_exits_ms=problem.expected_ms(choices[problem.everything]),
+        worst_case=costs.worst_case(exits_of(best.kept)),
+        is_complete=found.is_complete,
+        combinations=found.combinations,
+        exits=_waterfall(problem, choices, best),
+        alternatives=tuple(_alternative(problem, choices[kept]) for kept in _best_by_size(choices)),
+    )
+
+
+def _alternative(problem: _Problem, choice: Choice) -> Alternative:
+    kept = exits_of(choice.kept)
+    return Alternative(
+        num_kept=len(kept),
+        kept=kept,
+        thresholds=problem.thresholds(choice),
+        expected_ms=problem.expected_ms(choice),
+        worst_case=problem.costs.worst_case(kept),
+        lost=choice.lost,
+        is_allowed=bool(problem.allowed[choice.kept]),
+    )
+
+
+def _waterfall(problem: _Problem, choices: placement_search.Choices, best: Choice) -> tuple[PlacedExit, ...]:
+    placed = []
+    before: tuple[int, ...] = ()
+    for k in range(problem.num_early):
+        toggled = choices.get(best.kept ^ 1 << k)
+        is_kept = bool(best.kept >> k & 1)
+        if is_kept:
+            placed.append(_added(problem, best, k, before, toggled))
+            before = (*before, k)
+        elif toggled:
+            others = tuple(j for j in exits_of(toggled.kept) if j != k)
+            placed.append(dataclasses.replace(_added(problem, toggled, k, others, toggled), is_kept=False))
+        else:
+            placed.append(PlacedExit(k, False, None, 0.0, 0.0, problem.costs.exits_ms[k], 0.0, 0.0, None))
+    return tuple(placed)
+
+
+def _added(problem: _Problem, choice: Choice, k: int, others: tuple[int, ...], toggled: Choice | None) -> PlacedExit:
+    """What exit k does when it is added to the early exits `others`, at the thresholds of `choice`."""
+    without = problem.exit_index(others, choice.quotas)
+    exit_index = problem.exit_index((*others, k), choice.quotas)
+    leaves = exit_index == k
+    reached = without > k
+    path_ms = problem.costs.path_ms(others)
+    spared_ms = path_ms[without[leaves]] - path_ms[k]
+    exit_ms = problem.costs.exits_ms[k]
+    return PlacedExit(
+        exit_index=k,
+        is_kept=True,
+        threshold=limit_from_quota(problem.edges[k], choice.quotas[k], problem.options.score),
+        reached=float(reached.mean()),
+        share=float(leaves.mean()),
+        exit_ms=exit_ms,
+        saves_ms=float(spared_ms.sum()) / len(reached),
+        costs_ms=exit_ms * float((reached & ~leaves).mean()),
+        toggled_ms=problem.expected_ms(toggled) if toggled else None,
+    )
