@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import click
 
 from offramp.command_line.answering import bench, run
-from offramp.command_line.looking import doctor, inspect, verify
+from offramp.command_line.looking import doctor, inspect, report, verify
 from offramp.command_line.making import build_engine, export, train
 from offramp.command_line.tuning import calibrate
 from offramp.errors import BuildError, DataError, InputError, OfframpError, OptionError
@@ -43,11 +43,12 @@ def main() -> None:
     offramp export checkpoint -o bundle         cut it at the exits, lower to FP16, verify
     offramp build-engine bundle                 one TensorRT engine per segment
     offramp calibrate bundle                    temperatures and thresholds
+    offramp report bundle -o report.html        what it does and what may be promised, as a page
     offramp run bundle < texts.txt              answer, each row at the first sure exit
     """
 
 
-for _command in (train, export, build_engine, calibrate, run, bench, inspect, verify, doctor):
+for _command in (train, export, build_engine, calibrate, run, bench, inspect, verify, report, doctor):
     main.add_command(_command)
 
 
