@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import click
 
 from offramp.command_line.answering import bench, run
-from offramp.command_line.looking import doctor, inspect, verify
+from offramp.command_line.looking import doctor, inspect, report, verify
 from offramp.command_line.making import build_engine, export, train
 from offramp.command_line.placing import place
 from offramp.command_line.tracing import trace
@@ -47,6 +47,7 @@ def main() -> None:
     offramp trace bundle                        what every exit says, on the real engines
     offramp place bundle -o placed              keep the exits that pay
     offramp calibrate bundle                    temperatures and thresholds
+    offramp report bundle -o report.html        what it does and what may be promised, as a page
     offramp run bundle < texts.txt              answer, each row at the first sure exit
     """
 
@@ -62,6 +63,7 @@ _COMMANDS = (
     bench,
     inspect,
     verify,
+    report,
     doctor,
 )
 for _command in _COMMANDS:

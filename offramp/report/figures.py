@@ -1,0 +1,408 @@
+"""The figures of the report, each from its findings. Drawn small, so that their text can be read on a phone.
+
+Nothing is drawn per row: a trace of a million rows gives a page of the same size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+from offramp.report.findings import (
+    Alternative,
+    Bin,
+    Confusion,
+    ExitFinding,
+    Findings,
+    RetentionBin,
+    RiskPath,
+    Waterfall,
+)
+from offramp.report.svg import ACCENT, CARD, INFO, INK, MUTED, SOFT, WARN, Drawing, drawing, printable
+from offramp.report.words import share
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WIDE, HALF, SMALL = 420.0, 360.0, 170.0  # points; 1 pt of text is 0.8 to 1 px on a phone
+BAR = 23.0  # height of one horizontal bar
+_MOST_CLASSES = 20  # of a confusion matrix that can be read
+_LONGEST_NAME = 14
+
+
+def frontier(found: Findings) -> Drawing:
+    """Accuracy (agreement without labels) over mean time, of the policy and everything else."""
+    labelled = found.chosen.accuracy is not None
+
+    def height(point: Alternative) -> float | None:
+        value = point.accuracy if labelled else point.agreement
+        return None if value is None else 100 * value
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        swept = [p for p in found.alternatives if p.kind == "sweep"]
+        axes.plot([p.ms for p in swept], [height(p) or 0 for p in swept], "-", color=MUTED, lw=1.2, zorder=2)
+        axes.plot([p.ms for p in swept], [height(p) or 0 for p in swept], "o", color=MUTED, ms=2.6, zorder=2)
+        marks = {"exit alone": ("s", SOFT, 6.0), "full depth": ("D", INK, 6.5), "uncut": ("D", CARD, 6.5)}
+        marks |= {"fixed 0.9": ("^", INFO, 8.0), "measured": ("o", CARD, 6.0), "chosen": ("o", ACCENT, 11.0)}
+        for point in sorted(found.alternatives, key=lambda p: p.kind == "chosen"):
+            y = height(point)
+            if point.kind == "sweep" or y is None:
+                continue
+            marker, fill, size = marks[point.kind]
+            edge = CARD if point.kind in ("chosen", "fixed 0.9") else INK if fill == CARD else fill
+            axes.plot([point.ms], [y], marker, color=fill, mec=edge, mew=1.2, ms=size, zorder=4)
+        axes.margins(x=0.1, y=0.16)
+        axes.set_xlim(left=0)
+        axes.set_xlabel("mean time per row, ms")
+        _title_axis(axes, "accuracy, %" if labelled else "same answer as full depth, %")
+        figure.draw_without_rendering()  # settles the layout, which the names need to know
+        _name_points(axes, found, height)
+
+    quality = "accuracy" if labelled else "agreement with full depth"
+    return drawing("frontier", (WIDE, 300), f"Scatter of {quality} over mean time per row for each alternative", draw)
+
+
+def _name_points(axes: Axes, found: Findings, height: Callable[[Alternative], float | None]) -> None:
+    """Write each name where it covers neither a point nor another name, the policy's first."""
+    named = [(p, y) for p in found.alternatives if (y := height(p)) is not None]
+    taken = [_box(axes, p.ms, y, (0, 0), 1) for p, y in named if p.kind != "sweep"]
+    swept = [(p.ms, y) for p, y in named if p.kind == "sweep"]
+    for (x, y), (u, v) in pairwise(swept):
+        taken += [_box(axes, x + part * (u - x), y + part * (v - y), (0, 0), 0) for part in (0, 0.25, 0.5, 0.75)]
+    for point, y in sorted(named, key=lambda item: _NAMING.index(item[0].kind)):
+        if point.kind == "sweep":
+            continue
+        text = point.name.partition(",")[0].removesuffix(" alone")
+        spots = [(0.0, 12.0), (0.0, -20.0), (7 + 3.1 * len(text), -4.0), (-7 - 3.1 * len(text), -4.0)]
+        spots += [(7 + 3.1 * len(text), 12.0), (7 + 3.1 * len(text), -20.0), (0.0, 26.0), (0.0, -34.0)]
+        boxes = [_box(axes, point.ms, y, spot, len(text)) for spot in spots]
+        costs = [_hidden(axes, box) * 3 + sum(_overlap(box, other) for other in taken) for box in boxes]
+        best = costs.index(min(costs))
+        taken.append(boxes[best])
+        is_chosen = point.kind == "chosen"
+        axes.annotate(
+            text,
+            (point.ms, y),
+            spots[best],
+            textcoords="offset points",
+            ha="center",
+            color=ACCENT if is_chosen else MUTED if point.kind == "exit alone" else INK,
+            weight="bold" if is_chosen else "normal",
+            zorder=5,
+        )
+
+
+_NAMING = ("chosen", "full depth", "uncut", "fixed 0.9", "measured", "exit alone", "sweep")
+_Box = tuple[float, float, float, float]  # left, bottom, right, top in points
+
+
+def _box(axes: Axes, x: float, y: float, offset: tuple[float, float], num_characters: int) -> _Box:
+    """Where a text, or a dot of one or no character, lies on the figure."""
+    left, bottom = axes.transData.transform((x, y))
+    centre, base = float(left) + offset[0], float(bottom) + offset[1]
+    if num_characters <= 1:
+        reach = 3.0 + 3 * num_characters
+        return centre - reach, base - reach, centre + reach, base + reach
+    return centre - 3.1 * num_characters, base - 2, centre + 3.1 * num_characters, base + 10
+
+
+def _overlap(one: _Box, other: _Box) -> float:
+    wide = min(one[2], other[2]) - max(one[0], other[0])
+    high = min(one[3], other[3]) - max(one[1], other[1])
+    return wide * high if wide > 0 and high > 0 else 0.0
+
+
+def _hidden(axes: Axes, box: _Box) -> float:
+    """How much of a text would lie outside the axes, in points squared."""
+    frame = axes.get_window_extent()
+    inside = _overlap(box, (frame.x0, frame.y0, frame.x1, frame.y1))
+    return (box[2] - box[0]) * (box[3] - box[1]) - inside
+
+
+def leaving(exits: tuple[ExitFinding, ...]) -> Drawing:
+    """Share of the rows that leave at each exit."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        values = [100 * found.share for found in exits]
+        axes.barh(range(len(exits)), values, color=ACCENT, height=0.62)
+        for k, value in enumerate(values):
+            axes.text(value + 1.2, k, f"{value:.1f}", va="center", color=INK)
+        _exit_rows(axes, [f"exit {k}" for k in range(len(exits) - 1)] + ["final exit"])
+        axes.set_xlim(0, max(values) * 1.14 + 2)
+        axes.set_xlabel("% of the rows")
+
+    return drawing(
+        "leaving", (HALF, 52 + BAR * max(len(exits), 3)), "Bars: share of the rows leaving at each exit", draw
+    )
+
+
+def survivors(exits: tuple[ExitFinding, ...]) -> Drawing:
+    """Share of the rows that each segment still runs for."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        reached = [100 * found.reached for found in exits]
+        edges = [k - 0.5 for k in range(len(exits) + 1)]
+        axes.stairs(reached, edges, fill=True, color=ACCENT, alpha=0.22)
+        axes.stairs(reached, edges, color=ACCENT, lw=2.0)
+        for k, value in enumerate(reached):
+            axes.text(k, value + 3, f"{value:.0f}", ha="center", color=INK, fontsize=9 if len(exits) > 8 else 11)
+        axes.set_ylim(0, 114)
+        axes.set_yticks([0, 25, 50, 75, 100])
+        axes.set_xticks(range(len(exits)), [str(k) for k in range(len(exits))])
+        axes.grid(False, axis="x")
+        axes.set_xlabel("segment")
+        _title_axis(axes, "rows it runs for, %")
+
+    return drawing("survivors", (HALF, 210), "Steps: share of the rows still there at each segment", draw)
+
+
+def waterfall(found: Waterfall) -> Drawing:
+    """From full depth to the policy, one bar per saving or cost."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        level = 0.0
+        top = max(step.ms for step in found.steps if step.kind == "level")
+        for row, step in enumerate(found.steps):
+            if step.kind == "level":
+                axes.barh(row, step.ms, color=SOFT, height=0.62)
+                level, end = step.ms, step.ms
+            else:
+                end = level + step.ms
+                axes.barh(row, step.ms, left=level, color=ACCENT if step.ms <= 0 else WARN, height=0.62)
+            if row + 1 < len(found.steps):
+                axes.plot([end, end], [row - 0.31, row + 1.31], color=MUTED, lw=0.8)
+            text = f"{step.ms:.2f}" if step.kind == "level" else f"{step.ms:+.2f}".replace("-", "−")
+            right = max(level, end) + 0.012 * top
+            axes.text(right, row, text, va="center", color=INK)
+            level = end
+        axes.set_yticks(range(len(found.steps)), [_short(step.name, 22) for step in found.steps])
+        axes.tick_params(axis="y", labelcolor=INK)
+        axes.invert_yaxis()
+        axes.grid(False, axis="y")
+        axes.set_xlim(0, top * 1.14)
+        axes.set_xlabel("ms per row, on average over all rows")
+
+    return drawing(
+        "waterfall", (WIDE, 54 + BAR * len(found.steps)), "Waterfall of time per row, from full depth down", draw
+    )
+
+
+def reliability(found: ExitFinding, title: str) -> Drawing:
+    """Accuracy over confidence at one exit; the area of a dot is its share of the rows."""
+    total = sum(point.num_rows for point in found.reliability)
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        axes.plot([0, 1], [0, 1], color=MUTED, lw=1, dashes=(3, 3))
+        for point in found.reliability:
+            colour = WARN if _is_off(point) else ACCENT
+            axes.plot([point.confidence] * 2, [point.confidence, point.accuracy], color=colour, lw=1.4, alpha=0.7)
+            size = 3.0 + 13.0 * (point.num_rows / total) ** 0.5
+            axes.plot([point.confidence], [point.accuracy], "o", ms=size, color=colour, mec=CARD, mew=0.7, alpha=0.9)
+        axes.set_xlim(-0.03, 1.05)
+        axes.set_ylim(-0.03, 1.08)
+        axes.set_xticks([0, 0.5, 1])
+        axes.set_yticks([0, 0.5, 1])
+        axes.set_xlabel("confidence")
+        _title_axis(axes, "accuracy")
+
+    name = f"reliability-{found.exit_index}"
+    return drawing(name, (SMALL, SMALL), f"Reliability diagram of {title}: accuracy over confidence", draw)
+
+
+def _is_off(point: Bin) -> bool:
+    """More than two standard errors away from its confidence."""
+    error = (max(point.confidence * (1 - point.confidence), 1e-4) / point.num_rows) ** 0.5
+    return bool(abs(point.accuracy - point.confidence) > 2 * error)
+
+
+def risk_path(path: RiskPath, chosen: Alternative) -> Drawing:
+    """Losses and their upper bound along one threshold for all exits, and the part that is certified."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        depth = [point.mean_depth for point in path.points]
+        bound = [100 * point.upper_bound for point in path.points]
+        seen = [100 * point.losses / point.num_rows for point in path.points]
+        changed = 100 * (1 - (chosen.agreement or 0))
+        top = max(400 * path.max_risk, 1.3 * min(bound), min(1.3 * changed, 1200 * path.max_risk))
+        certified = [point.mean_depth for point in path.points if point.certified]
+        if certified:
+            axes.axvspan(min(certified), max(certified), color=ACCENT, alpha=0.14, lw=0)
+            axes.axvline(min(certified), color=ACCENT, lw=1.6)
+        axes.axhline(100 * path.max_risk, color=WARN, lw=1.4, dashes=(4, 3))
+        axes.text(depth[0], 100 * path.max_risk, f"allowed: {share(path.max_risk)}", color=WARN, va="bottom", ha="left")
+        axes.plot(depth, bound, "-", color=INK, lw=1.8)
+        axes.plot(depth, seen, "o", color=INFO, ms=3.4)
+        marker = "o" if changed <= top else "^"  # an arrow: it lies above
+        place = [chosen.mean_depth or 0], [min(changed, top)]
+        axes.plot(*place, marker, color=ACCENT, mec=CARD, ms=10, clip_on=False, zorder=5)
+        axes.set_ylim(0, top)
+        low, high = min(*depth, chosen.mean_depth or depth[0]), max(*depth, chosen.mean_depth or 0)
+        pad = 0.05 * (high - low) or 0.5
+        axes.set_xlim(high + pad, low - pad)  # deeper on the left: the test walks to the right
+        axes.set_xlabel("mean depth, segments (looser to the right)")
+        _title_axis(axes, "rows answered differently from full depth, %")
+        _key(
+            axes,
+            [
+                ("upper bound", INK, "-"),
+                ("seen", INFO, "o"),
+                ("certified", ACCENT, "s"),
+                ("this policy, seen", ACCENT, "o"),
+            ],
+        )
+
+    return drawing("risk-path", (WIDE, 280), "Risk and its upper bound along the path of thresholds", draw)
+
+
+def agreement(matrix: tuple[tuple[float, ...], ...]) -> Drawing:
+    """Share of the rows to which two exits say the same."""
+    names = [str(k) for k in range(len(matrix))]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        cells = [[100 * value for value in row] for row in matrix]
+        low = min(min(row) for row in cells)
+        texts = [[f"{value:.0f}" for value in row] for row in cells]
+        _heat(axes, [[(value - low) / (100 - low or 1) for value in row] for row in cells], texts, names)
+        axes.set_xlabel("exit")
+        axes.set_ylabel("exit")
+
+    return drawing("agreement", (340, 310), "Matrix: share of the rows to which two exits give the same answer", draw)
+
+
+def confusion(found: Confusion) -> Drawing | None:
+    """Answers against labels; None where there are too many classes to read."""
+    if len(found.names) > _MOST_CLASSES:
+        return None
+    names = [_short(name, _LONGEST_NAME if len(found.names) <= 6 else 6) for name in found.names]
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        totals = [max(sum(row), 1) for row in found.counts]
+        shares = [[value / total for value in row] for row, total in zip(found.counts, totals, strict=True)]
+        _heat(axes, shares, [[str(value) if value else "" for value in row] for row in found.counts], names)
+        if len(names) > 6:
+            axes.tick_params(axis="x", labelrotation=90)
+        axes.set_xlabel("the policy's answer")
+        axes.set_ylabel("label" if found.reference == "label" else "full depth's answer")
+
+    return drawing("confusion", (340, 310), f"Matrix: the policy's answers against the {found.reference}", draw)
+
+
+def overthinking(exits: tuple[ExitFinding, ...]) -> Drawing:
+    """Rows that going on from an exit wins and loses."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        early = exits[:-1]
+        won = [found.won_later or 0 for found in early]
+        lost = [-(found.lost_later or 0) for found in early]
+        axes.barh(range(len(early)), won, color=ACCENT, height=0.62)
+        axes.barh(range(len(early)), lost, color=WARN, height=0.62)
+        reach = max([*won, *(-value for value in lost), 1])
+        for k, (gain, loss) in enumerate(zip(won, lost, strict=True)):
+            axes.text(gain + 0.02 * reach, k, str(gain), va="center", color=INK)
+            axes.text(loss - 0.02 * reach, k, str(-loss), va="center", ha="right", color=INK)
+        axes.axvline(0, color=MUTED, lw=1)
+        _exit_rows(axes, [f"exit {found.exit_index}" for found in early])
+        axes.set_xlim(min(lost, default=0) - 0.16 * reach, max(won, default=0) + 0.16 * reach)
+        axes.set_xticks([])
+        axes.set_xlabel("rows spoiled by going on  |  rows won by going on")
+
+    return drawing(
+        "overthinking",
+        (HALF, 48 + BAR * max(len(exits) - 1, 3)),
+        "Bars: rows won and spoiled by going on to the end",
+        draw,
+    )
+
+
+def retention(bins: tuple[RetentionBin, ...]) -> Drawing:
+    """Tokens kept over the length of a row: median and the middle 90 %."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        centres = list(range(len(bins)))
+        for x, found in zip(centres, bins, strict=True):
+            axes.plot([x, x], [100 * found.p5, 100 * found.p95], color=ACCENT, lw=7, alpha=0.3)
+        axes.plot(centres, [100 * found.p50 for found in bins], "o-", color=ACCENT, ms=5.5, mec=CARD, lw=1.6)
+        axes.set_xticks(centres, [_span(found) for found in bins])
+        axes.set_ylim(0, 106)
+        axes.set_xlim(-0.6, len(bins) - 0.4)
+        axes.grid(False, axis="x")
+        axes.set_xlabel("tokens of the row")
+        _title_axis(axes, "tokens kept where it left, %")
+
+    return drawing(
+        "retention", (HALF, 230), "Token retention over the length of a row: median and 5th to 95th percentile", draw
+    )
+
+
+def _span(found: RetentionBin) -> str:
+    return str(found.shortest) if found.shortest == found.longest else f"{found.shortest}–{found.longest}"
+
+
+def _heat(axes: Axes, values: list[list[float]], texts: list[list[str]], names: list[str]) -> None:
+    """A matrix of cells with a text in each; `values` in [0, 1]. Never so dark that the text cannot be read."""
+    from matplotlib.patches import Rectangle
+
+    size = len(names)
+    for i, row in enumerate(values):
+        for j, value in enumerate(row):
+            axes.add_patch(Rectangle((j - 0.47, i - 0.47), 0.94, 0.94, color=ACCENT, alpha=0.04 + 0.5 * value, lw=0))
+            if texts[i][j]:
+                axes.text(
+                    j,
+                    i,
+                    texts[i][j],
+                    ha="center",
+                    va="center",
+                    color=INK,
+                    fontsize=11 if size < 7 else 8 if size < 13 else 6,
+                )
+    axes.set_xlim(-0.5, size - 0.5)
+    axes.set_ylim(size - 0.5, -0.5)
+    axes.set_xticks(range(size), names)
+    axes.set_yticks(range(size), names)
+    axes.tick_params(length=0)
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+
+
+def _exit_rows(axes: Axes, names: list[str]) -> None:
+    """Exits from top to bottom."""
+    axes.set_yticks(range(len(names)), names)
+    axes.tick_params(axis="y", labelcolor=INK)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(False, axis="y")
+
+
+def _title_axis(axes: Axes, text: str) -> None:
+    """The name of the upright axis, level and above it: nobody has to turn their head."""
+    axes.set_title(text, loc="left", fontsize=10, color=MUTED, pad=8)
+
+
+def _key(axes: Axes, entries: list[tuple[str, str, str]]) -> None:
+    """A small legend without a box."""
+    from matplotlib.lines import Line2D
+
+    handles = [
+        Line2D(
+            [], [], color=colour, ls="-" if mark == "-" else "", marker="" if mark == "-" else mark, ms=5, label=text
+        )
+        for text, colour, mark in entries
+    ]
+    axes.legend(handles=handles, loc="upper left", frameon=False, labelcolor=INK, fontsize=9.5, handlelength=1.2)
+
+
+def _short(text: str, most: int) -> str:
+    text = printable(text).replace("\n", " ")
+    return text if len(text) <= most else text[: most - 1] + "…"

@@ -1,0 +1,136 @@
+"""The spine of the report: from what is known about a bundle to findings, and from these to a page."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import offramp
+from offramp.bundle import Manifest
+from offramp.certificate import Certificate
+from offramp.errors import BackendError, DataError
+from offramp.policy import Policy
+from offramp.report import frontier, quality, risk
+from offramp.report.examples import examples
+from offramp.report.findings import Findings, Missing, Subject
+from offramp.report.sections import example_lists, sections, tiles
+from offramp.report.svg import printable
+from offramp.report.words import count, headline, policy_text, share
+from offramp.trace import UNKNOWN, Trace
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a report is made from; what is optional is None or empty when it is not there."""
+
+    bundle: str  # as the user writes it in commands
+    manifest: Manifest
+    policy: Policy
+    trace: Trace
+    certificate: Certificate | None = None
+    placement: Any = None  # reports/placement.json
+    benchmark: Any = None  # what `offramp bench --json` prints
+    texts: tuple[str, ...] = ()  # one per row of the trace, only where they may be shown
+
+
+def findings_from_evidence(evidence: Evidence) -> Findings:
+    """Everything the report says. Raises DataError when the trace has no rows or is about another model."""
+    trace, policy = evidence.trace, evidence.policy
+    _check(evidence)
+    decided = frontier.decided_by_source(policy, trace)
+    measured = frontier.measured_alternatives(evidence.benchmark) if evidence.benchmark is not None else ()
+    certificate = evidence.certificate
+    bound = (risk.MAX_RISK, risk.CONFIDENCE)
+    if certificate and certificate.risk == "consistency":
+        bound = (certificate.max_risk, certificate.confidence)
+    names = evidence.manifest.labels or tuple(f"class {c}" for c in range(trace.logits.shape[2]))
+    return Findings(
+        subject=_subject(evidence, names),
+        alternatives=(*frontier.alternatives(trace, policy, decided), *measured),
+        exits=quality.exit_findings(trace, policy, decided, evidence.manifest),
+        waterfall=frontier.waterfall_from_shares(trace, decided),
+        exit_agreement=quality.exit_agreement(trace),
+        confusion=quality.class_confusion(trace, decided, names),
+        overthinking=quality.overthinking(trace),
+        risk_path=risk.risk_path(trace, policy, *bound),
+        certificate=risk.certificate_finding(certificate, trace, policy, evidence.bundle),
+        retention=quality.retention_bins(trace, decided),
+        examples=examples(trace, decided, evidence.texts, names),
+        missing=_missing(evidence),
+    )
+
+
+def html_from_findings(found: Findings) -> bytes:
+    """The page: one file that needs no other. Raises BackendError without jinja2 or matplotlib."""
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError as exc:
+        raise BackendError(f"writing the report needs jinja2: {exc}; run `pip install 'offramp[report]'`") from exc
+    environment = Environment(
+        loader=PackageLoader("offramp", "report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: printable(value) if type(value) is str else value,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"count": count, "share": share}
+    page = environment.get_template("page.html").render(
+        found=found,
+        headline=headline(found),
+        tiles=tiles(found),
+        sections=sections(found),
+        example_lists=example_lists(found),
+        version=offramp.__version__,
+    )
+    return page.encode()
+
+
+def _subject(evidence: Evidence, names: tuple[str, ...]) -> Subject:
+    trace = evidence.trace
+    return Subject(
+        name=evidence.manifest.name,
+        exits=tuple(spec.name for spec in evidence.manifest.exits),
+        classes=names,
+        backend=trace.backend,
+        precision=trace.precision,
+        num_rows=len(trace.labels),
+        num_labelled=int((trace.labels != UNKNOWN).sum()),
+        fingerprint=trace.fingerprint,
+        trace_sha256=trace.sha256,
+        policy_sha256=evidence.policy.sha256,
+        policy=policy_text(evidence.policy),
+    )
+
+
+def _check(evidence: Evidence) -> None:
+    trace, manifest = evidence.trace, evidence.manifest
+    if not len(trace.labels):
+        raise DataError("report: got a trace of 0 rows, expected at least 1; record it again with data")
+    shape = (len(manifest.exits), manifest.exits[0].num_classes)
+    if trace.logits.shape[1:] != shape or trace.fingerprint != manifest.fingerprint:
+        raise DataError(
+            f"report: the trace is about another model ({trace.fingerprint[:12]}…, {trace.num_exits} exits) "
+            "than the bundle "
+            f"({manifest.fingerprint[:12]}…, {shape[0]} exits); record it again with `offramp trace "
+            f"{evidence.bundle} --data DATA`"
+        )
+
+
+def _missing(evidence: Evidence) -> tuple[Missing, ...]:
+    """What would make the report more complete."""
+    bundle, trace = evidence.bundle, evidence.trace
+    record = f"offramp trace {bundle} --data FILE -o TRACE.npz"
+    wanted = {
+        Missing("labels, for accuracy, reliability and overthinking", record): not (trace.labels != UNKNOWN).any(),
+        Missing("the time of the uncut model", record): math.isnan(trace.uncut_ms),
+        Missing("a placement: which exits are worth keeping", f"offramp place {bundle} -o PLACED"): evidence.placement
+        is None,
+        Missing(
+            "times measured end to end",
+            f"offramp bench {bundle} --batch-sizes 1 --json > bench.json, then --bench bench.json",
+        ): evidence.benchmark is None,
+        Missing("examples with their texts", f"offramp report {bundle} --examples FILE"): not evidence.texts,
+    }
+    return tuple(missing for missing, is_missing in wanted.items() if is_missing)

@@ -1,0 +1,325 @@
+"""The page as a list of sections: each with its reading, its figures, its caption and the numbers behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from offramp.report import figures, words
+from offramp.report.findings import Example, Findings, Missing
+from offramp.report.svg import Drawing
+from offramp.report.words import count, ms, number, share
+
+
+@dataclass(frozen=True)
+class Table:
+    """The numbers behind a figure; all columns but the first `num_text` are numbers."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    num_text: int = 1
+
+
+@dataclass(frozen=True)
+class Section:
+    """One card of the page. With `missing`, it says only that."""
+
+    key: str
+    topic: str
+    reading: str = ""
+    drawings: tuple[Drawing, ...] = ()
+    captions: tuple[str, ...] = ()  # one under each drawing, where there are several
+    caption: str = ""
+    brief: Table | None = None  # shown openly
+    table: Table | None = None
+    missing: Missing | None = None
+    is_wide: bool = False
+
+
+def sections(found: Findings) -> tuple[Section, ...]:
+    """Every section in order; those whose data are missing say what adds them."""
+    makers: tuple[Callable[[Findings], Section | None], ...] = (
+        _frontier,
+        _leaving,
+        _survivors,
+        _waterfall,
+        _risk_path,
+        _reliability,
+        _agreement,
+        _confusion,
+        _overthinking,
+        _retention,
+    )
+    return _paired([section for section in (make(found) for make in makers) if section])
+
+
+def _paired(made: list[Section]) -> tuple[Section, ...]:
+    """Two narrow sections share a line; one that would stand alone becomes wide."""
+    result: list[Section] = []
+    num_narrow = 0
+    for section, following in zip(made, [*made[1:], None], strict=True):
+        num_narrow = 0 if section.is_wide else num_narrow + 1
+        alone = num_narrow % 2 == 1 and (following is None or following.is_wide)
+        result.append(replace(section, is_wide=True) if alone else section)
+    return tuple(result)
+
+
+def _frontier(found: Findings) -> Section:
+    where = f"{found.subject.backend} {found.subject.precision}"
+    rows = tuple(
+        (
+            point.name,
+            f"{point.ms:.3f}",
+            words.times(found.full_depth.ms, point.ms),
+            share(point.accuracy, 2),
+            share(point.agreement, 2),
+            number(point.mean_depth, 2),
+        )
+        for point in found.alternatives
+    )
+    brief = tuple(
+        (point.name, ms(point.ms), share(point.accuracy if found.chosen.accuracy is not None else point.agreement))
+        for point in sorted(found.alternatives, key=lambda point: point.ms)
+        if point.kind != "sweep"
+    )
+    kinds = "Line: one threshold for all exits, from strict to loose. Squares: everybody leaves at that exit."
+    return Section(
+        "frontier",
+        "Accuracy against time",
+        words.frontier_reading(found),
+        (figures.frontier(found),),
+        caption=f"{kinds} {count(found.subject.num_rows)} rows replayed; a row's time is the sum of the median "
+        "times of its "
+        f"segments for one row ({where}), not a measurement end to end: for that, run offramp bench.",
+        brief=Table(("", "per row", "accuracy" if found.chosen.accuracy is not None else "same answer"), brief),
+        table=Table(("alternative", "ms per row", "against full depth", "accuracy", "same answer", "mean depth"), rows),
+        is_wide=True,
+    )
+
+
+def _leaving(found: Findings) -> Section:
+    rows = tuple(
+        (
+            _exit(found, k),
+            "–" if point.threshold is None else f"{point.threshold:.4f}",
+            f"{point.temperature:.2f}",
+            share(point.share),
+            share(point.accuracy),
+            share(point.accuracy_leaving),
+            share(point.changed),
+        )
+        for k, point in enumerate(found.exits)
+    )
+    columns = ("exit", "threshold", "temperature", "leave", "accuracy on all", "on its leavers", "leavers changed")
+    return Section(
+        "leaving",
+        "Where rows leave",
+        words.leaving_reading(found.exits),
+        (figures.leaving(found.exits),),
+        caption=f"Share of {count(found.subject.num_rows)} rows that leave at each exit, in %. A leaver is "
+        "changed when full "
+        "depth would have answered otherwise.",
+        table=Table(columns, rows),
+    )
+
+
+def _survivors(found: Findings) -> Section:
+    rows = tuple((str(k), share(point.reached), f"{point.segment_ms:.3f}") for k, point in enumerate(found.exits))
+    return Section(
+        "survivors",
+        "Survivors along depth",
+        words.survivors_reading(found.exits),
+        (figures.survivors(found.exits),),
+        caption=f"Share of {count(found.subject.num_rows)} rows for which each segment runs, in %; the area is "
+        "the mean depth.",
+        table=Table(("segment", "rows it runs for", "ms for one row"), rows),
+    )
+
+
+def _waterfall(found: Findings) -> Section:
+    rows = tuple(
+        (step.name, f"{step.ms:+.4f}" if step.kind != "level" else f"{step.ms:.4f}") for step in found.waterfall.steps
+    )
+    source = (
+        "From the segment times of the trace; what heads and hand-overs cost is inside the segments."
+        if found.waterfall.source == "trace"
+        else "From the placement."
+    )
+    return Section(
+        "waterfall",
+        "What each exit saves and costs",
+        words.waterfall_reading(found),
+        (figures.waterfall(found.waterfall),),
+        caption=f"Time per row in ms, averaged over {count(found.subject.num_rows)} rows. {source}",
+        table=Table(("step", "ms per row"), rows),
+        is_wide=True,
+    )
+
+
+def _risk_path(found: Findings) -> Section:
+    path = found.risk_path
+    rows = tuple(
+        (
+            f"{point.threshold:.6f}",
+            f"{point.mean_depth:.3f}",
+            f"{point.ms:.3f}",
+            count(point.losses),
+            share(point.upper_bound, 2),
+            "yes" if point.certified else "no",
+        )
+        for point in path.points
+    )
+    return Section(
+        "risk-path",
+        "How far thresholds may go",
+        words.risk_reading(path),
+        (figures.risk_path(path, found.chosen),),
+        caption=f"Share of {count(found.subject.num_rows)} rows answered differently from full depth, in %: "
+        "seen (dots), and its "
+        f"exact binomial upper bound at {share(path.confidence, 0)} confidence (line). One {path.score} "
+        "threshold for all exits, "
+        f"tested from strict to loose until one fails; shaded: passed. A picture of what these rows can show, not the "
+        "certificate.",
+        table=Table(("threshold", "mean depth", "ms per row", "changed", "upper bound", "certified"), rows),
+        is_wide=True,
+    )
+
+
+def _reliability(found: Findings) -> Section:
+    if not found.subject.num_labelled:
+        return _needs_labels(found, "reliability", "Can the confidence be believed?", "reliability diagrams")
+    rows = tuple(
+        (
+            _exit(found, k),
+            f"{point.temperature:.2f}",
+            number(point.ece_unscaled),
+            number(point.ece),
+            number(point.auroc),
+        )
+        for k, point in enumerate(found.exits)
+    )
+    drawings = tuple(figures.reliability(point, _exit(found, k)) for k, point in enumerate(found.exits))
+    captions = tuple(
+        f"{_exit(found, k).capitalize()} · calibration error {100 * (point.ece or 0):.1f} points"
+        for k, point in enumerate(found.exits)
+    )
+    return Section(
+        "reliability",
+        "Can the confidence be believed?",
+        words.reliability_reading(found.exits),
+        drawings,
+        captions,
+        caption=f"{count(found.subject.num_labelled)} labelled rows in 15 bins of confidence, at the policy's "
+        "temperatures; a dot's area "
+        "is its share of the rows. Orange: further from the diagonal than two standard errors. A diagnostic, "
+        "not a promise.",
+        table=Table(("exit", "temperature", "ECE unscaled", "ECE", "AUROC of failure"), rows),
+        is_wide=True,
+    )
+
+
+def _agreement(found: Findings) -> Section:
+    names = tuple(str(k) for k in range(len(found.exits)))
+    rows = tuple(
+        (name, *(share(value) for value in row)) for name, row in zip(names, found.exit_agreement, strict=True)
+    )
+    return Section(
+        "agreement",
+        "Do exits agree?",
+        words.agreement_reading(found.exits),
+        (figures.agreement(found.exit_agreement),),
+        caption=f"Share of {count(found.subject.num_rows)} rows to which two exits give the same answer, in %.",
+        table=Table(("exit", *names), rows),
+    )
+
+
+def _confusion(found: Findings) -> Section:
+    confusion = found.confusion
+    drawn = figures.confusion(confusion)
+    rows = tuple((name, *map(count, row)) for name, row in zip(confusion.names, confusion.counts, strict=True))
+    against = (
+        "Rows: the label" if confusion.reference == "label" else "No labels in this trace. Rows: full depth's answer"
+    )
+    return Section(
+        "confusion",
+        "Which answers are mixed up?",
+        words.confusion_reading(confusion),
+        (drawn,) if drawn else (),
+        caption=f"{against}; columns: the policy's answer; {count(sum(map(sum, confusion.counts)))} rows, as "
+        "counts. Shade: share "
+        "of its row.",
+        table=Table((confusion.reference, *confusion.names), rows),
+    )
+
+
+def _overthinking(found: Findings) -> Section:
+    if found.overthinking is None:
+        return _needs_labels(found, "overthinking", "Overthinking", "what going on wins and spoils")
+    rows = tuple(
+        (_exit(found, k), count(point.won_later), count(point.lost_later)) for k, point in enumerate(found.exits[:-1])
+    )
+    over = found.overthinking
+    return Section(
+        "overthinking",
+        "Overthinking",
+        words.overthinking_reading(over),
+        (figures.overthinking(found.exits),) if len(found.exits) > 1 else (),
+        caption=f"Of {count(over.num_rows)} labelled rows, those that an exit gets wrong and the final exit "
+        "right (teal), and those "
+        f"the other way round (orange). {share(over.wasted / over.num_rows)} are right at the first exit and "
+        "at the end.",
+        table=Table(("going on from", "won", "spoiled"), rows),
+    )
+
+
+def _retention(found: Findings) -> Section | None:
+    if not found.retention:
+        return None
+    rows = tuple(
+        (f"{b.shortest} to {b.longest}", count(b.num_rows), share(b.p5), share(b.p50), share(b.p95))
+        for b in found.retention
+    )
+    return Section(
+        "retention",
+        "Token retention",
+        words.retention_reading(found.retention),
+        (figures.retention(found.retention),),
+        caption="Share of a row's tokens still there at the exit where it left, in %: median (dots) and 5th "
+        "to 95th percentile; "
+        f"{count(sum(b.num_rows for b in found.retention))} rows in bins of about as many each.",
+        table=Table(("tokens", "rows", "5%", "median", "95%"), rows),
+    )
+
+
+def example_lists(found: Findings) -> tuple[tuple[str, str, Sequence[Example]], ...]:
+    """Title, explanation and rows of each list of examples."""
+    if found.examples is None:
+        return ()
+    return (
+        ("Changed", "Left early with another answer than full depth gives; the surest first.", found.examples.changed),
+        ("Hardest", "Went furthest, and were least sure there.", found.examples.hardest),
+        ("Easiest", "Left first, and were surest there.", found.examples.easiest),
+    )
+
+
+def tiles(found: Findings) -> tuple[tuple[str, str, str], ...]:
+    """Value, name and a remark: the figures to remember."""
+    chosen, full = found.chosen, found.full_depth
+    depth = f"of {len(found.exits)} segments"
+    result = [
+        (words.times(full.ms, chosen.ms), "as fast", f"{ms(chosen.ms)} instead of {ms(full.ms)} per row"),
+        (number(chosen.mean_depth, 2), "mean depth", depth),
+        (share(chosen.agreement), "same answer", "as full depth gives"),
+    ]
+    if chosen.accuracy is not None:
+        result.append((share(chosen.accuracy), "accuracy", f"full depth: {share(full.accuracy)}"))
+    return tuple(result)
+
+
+def _needs_labels(found: Findings, key: str, topic: str, what: str) -> Section:
+    command = next((missing.command for missing in found.missing if missing.what.startswith("labels")), "")
+    return Section(key, topic, missing=Missing(f"The trace has no labels, so there are no {what}.", command))
+
+
+def _exit(found: Findings, k: int) -> str:
+    return "final exit" if k == len(found.exits) - 1 else f"exit {k}"

@@ -1,0 +1,191 @@
+"""Numbers as people read them, and the one sentence that says what to see in each figure."""
+
+from __future__ import annotations
+
+from offramp.policy import Policy
+from offramp.report.findings import Alternative, Confusion, ExitFinding, Findings, Overthinking, RetentionBin, RiskPath
+
+
+def share(value: float | None, decimals: int = 1) -> str:
+    """A share as a percentage; a dash where it is not known."""
+    return "–" if value is None else f"{100 * value:.{decimals}f}%"
+
+
+def ms(value: float | None) -> str:
+    """A time with three digits."""
+    if value is None:
+        return "–"
+    return f"{value:.0f} ms" if value >= 100 else f"{value:.1f} ms" if value >= 10 else f"{value:.2f} ms"
+
+
+def count(value: int | None) -> str:
+    """A whole number with thousands apart."""
+    return "–" if value is None else f"{value:,}"
+
+
+def number(value: float | None, decimals: int = 3) -> str:
+    """A plain number; a dash where it is not known."""
+    return "–" if value is None else f"{value:.{decimals}f}"
+
+
+def times(slow_ms: float, fast_ms: float) -> str:
+    """How many times as fast."""
+    return f"{slow_ms / fast_ms:.2f}×" if fast_ms > 0 else "–"
+
+
+def policy_text(policy: Policy) -> str:
+    """The rule as a sentence."""
+    if not any(limit is not None for limit in policy.limits) and not policy.patience:
+        return "Every row goes to full depth."
+    open_exits = [str(k) for k, limit in enumerate(policy.limits) if limit is not None]
+    clauses = []
+    if policy.limits:
+        side = "at most" if policy.score == "entropy" else "at least"
+        name = "learned confidence" if policy.score == "learned" else policy.score
+        clauses.append(f"its {name} is {side} the exit's threshold (exits {', '.join(open_exits)})")
+    if policy.patience:
+        clauses.append(f"the last {policy.patience} exits agree")
+    if policy.minimum_depth > 1:
+        clauses.append(f"{policy.minimum_depth} segments have run")
+    if policy.veto.margin:
+        clauses.append(f"the margin is at least {policy.veto.margin:g}")
+    if policy.veto.previous:
+        clauses.append("the exit before said the same")
+    if policy.veto.mean:
+        clauses.append("the mean over the exits so far says the same")
+    sources = f" {len(policy.sources)} sources have rules of their own." if policy.sources else ""
+    return f"A row leaves an exit when {' and '.join(clauses)}.{sources}"
+
+
+def headline(found: Findings) -> str:
+    """The page in one sentence."""
+    chosen, full = found.chosen, found.full_depth
+    if chosen.mean_depth == full.mean_depth:
+        return "Every row goes to full depth: nothing is saved, and no answer is changed."
+    quality = f"{share(chosen.agreement)} of the answers are those of the whole model"
+    if chosen.accuracy is not None and full.accuracy is not None:
+        quality += f", and accuracy is {share(chosen.accuracy)} instead of {share(full.accuracy)}"
+    return f"An answer takes {ms(chosen.ms)} on average instead of {ms(full.ms)}; {quality}."
+
+
+def frontier_reading(found: Findings) -> str:
+    chosen, full = found.chosen, found.full_depth
+    lost = (full.accuracy or 0) - (chosen.accuracy or 0)
+    if chosen.accuracy is None:
+        return (
+            f"The policy is {times(full.ms, chosen.ms)} as fast as full depth and gives the same answer to "
+            f"{share(chosen.agreement)} of the rows."
+        )
+    change = (
+        f"costs {100 * lost:.1f} points of accuracy" if lost > 0 else f"costs no accuracy ({-100 * lost:+.1f} points)"
+    )
+    return f"Against full depth, the policy is {times(full.ms, chosen.ms)} as fast and {change} on these rows."
+
+
+def leaving_reading(exits: tuple[ExitFinding, ...]) -> str:
+    busiest = max(exits, key=lambda found: found.share)
+    early = 1 - exits[-1].share
+    return f"{share(early)} of the rows leave early; {exit_name(busiest, exits)} answers most, {share(busiest.share)}."
+
+
+def survivors_reading(exits: tuple[ExitFinding, ...]) -> str:
+    half = next((found for found in exits if found.reached <= 0.5), None)
+    depth = sum(found.reached for found in exits)
+    if half is None:
+        return (
+            f"More than half of the rows go all the way; a row needs {depth:.2f} of {len(exits)} segments on average."
+        )
+    return (
+        f"Fewer than half are left from segment {half.exit_index} on; a row needs {depth:.2f} of {len(exits)} segments."
+    )
+
+
+def waterfall_reading(found: Findings) -> str:
+    savings = [step for step in found.waterfall.steps if step.kind == "saving" and step.ms < 0]
+    if not savings:
+        return "No exit saves anything under this policy."
+    best = min(savings, key=lambda step: step.ms)
+    levels = [step.ms for step in found.waterfall.steps if step.kind == "level"]
+    part = best.ms / (levels[-1] - levels[0]) if levels[-1] != levels[0] else 0.0
+    return f"{best.name.capitalize()} saves the most: {ms(-best.ms)} per row, {share(part, 0)} of all that is saved."
+
+
+def reliability_reading(exits: tuple[ExitFinding, ...]) -> str:
+    known = [found for found in exits if found.ece is not None]
+    worst = max(known, key=lambda found: found.ece or 0)
+    return (
+        f"Dots on the diagonal mean a confidence that can be believed; furthest off is {exit_name(worst, exits)}, by "
+        f"{100 * (worst.ece or 0):.1f} points on average."
+    )
+
+
+def risk_reading(path: RiskPath) -> str:
+    passed = [point for point in path.points if point.certified]
+    if not passed:
+        return (
+            f"No threshold passes a bound of {share(path.max_risk)}: the first one already has too few "
+            "rows, or too many losses."
+        )
+    last, first = passed[-1], path.points[0]
+    return (
+        f"One threshold for all exits would be certified down to {last.threshold:.4f}: {last.mean_depth:.2f} "
+        "segments per "
+        f"row instead of {first.mean_depth:.2f} for the strictest one."
+    )
+
+
+def agreement_reading(exits: tuple[ExitFinding, ...]) -> str:
+    if len(exits) == 1:
+        return "There is only one exit."
+    first, last = exits[0], exits[-2]
+    return (
+        f"Exit {first.exit_index} says what the final exit says for {share(first.agreement)} of the rows, exit "
+        f"{last.exit_index} for {share(last.agreement)}."
+    )
+
+
+def confusion_reading(confusion: Confusion) -> str:
+    total = sum(map(sum, confusion.counts))
+    right = sum(confusion.counts[i][i] for i in range(len(confusion.counts)))
+    pairs = [(n, i, j) for i, row in enumerate(confusion.counts) for j, n in enumerate(row) if i != j and n]
+    against = "labels" if confusion.reference == "label" else "full depth's answers"
+    if not pairs:
+        return f"All {count(total)} answers are those of the {against}."
+    n, i, j = max(pairs)
+    names = confusion.names
+    return (
+        f"{share(right / total)} lie on the diagonal, against {against}; most often “{names[i]}” is answered as "
+        f"“{names[j]}” ({count(n)} rows)."
+    )
+
+
+def overthinking_reading(found: Overthinking) -> str:
+    return (
+        f"Going on spoils {share(found.destroyed / found.num_rows)} of the rows (an earlier exit was right, "
+        "the end is not) "
+        f"and saves {share(found.needed / found.num_rows)} that only the final exit gets right."
+    )
+
+
+def retention_reading(bins: tuple[RetentionBin, ...]) -> str:
+    first, last = bins[0], bins[-1]
+    return (
+        f"Rows of {first.shortest} to {first.longest} tokens keep {share(first.p50, 0)} of them in the median, rows of "
+        f"{last.shortest} to {last.longest} keep {share(last.p50, 0)}."
+    )
+
+
+def exit_name(found: ExitFinding, exits: tuple[ExitFinding, ...]) -> str:
+    return "the final exit" if found.exit_index == len(exits) - 1 else f"exit {found.exit_index}"
+
+
+def best_alternative(found: Findings) -> Alternative | None:
+    """The fastest point of the sweep that is at least as accurate as the policy; None when there is none."""
+    chosen = found.chosen
+    rivals = [
+        point
+        for point in found.alternatives
+        if point.kind == "sweep"
+        and (point.accuracy or point.agreement or 0) >= (chosen.accuracy or chosen.agreement or 0)
+    ]
+    return min(rivals, key=lambda point: point.ms, default=None)
