@@ -17,6 +17,7 @@ from transformers import BertConfig, BertModel
 
 from offramp.errors import DataError, OptionError, StorageError
 from offramp.models.encoder import EarlyExitEncoder, EncoderConfig, encoder_from_pretrained
+from offramp.models.pruning import Pruning
 from offramp.storage import staged_directory
 
 FORMAT = "offramp-checkpoint"
@@ -138,15 +139,21 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise damaged(path, f"{TOKENIZER_FILE} is missing")
     try:
         weights = load_file(path / WEIGHTS_FILE)
-        encoder = {"early_pooling": config["encoder"].get("pooling"), **config["encoder"]}  # older ones had one for all
-        encoder_config = EncoderConfig(**{**encoder, "exits": tuple(encoder["exits"])})
-        model = empty_encoder(BertConfig.from_dict(config["bert"]), encoder_config)
+        model = empty_encoder(BertConfig.from_dict(config["bert"]), encoder_config_from_json(config["encoder"]))
         model.load_state_dict(weights, assign=True)
         return Checkpoint(model.eval(), tokenizer_path, tuple(config["label_names"]), config["max_length"])
     except (OSError, SafetensorError) as exc:
         raise damaged(path, f"{WEIGHTS_FILE}: {exc}") from exc
     except Exception as exc:  # torch, and transformers with checks of its own, raise nearly anything here
         raise damaged(path, f"{CONFIG_FILE} and {WEIGHTS_FILE} do not fit: {exc}") from exc
+
+
+def encoder_config_from_json(written: dict[str, Any]) -> EncoderConfig:
+    """Rebuild what `asdict` made of an EncoderConfig; older ones had one pooling for all exits, and no pruning."""
+    values = {"early_pooling": written.get("pooling"), **written, "exits": tuple(written["exits"])}
+    if pruning := values.get("pruning"):
+        values["pruning"] = Pruning(**{**pruning, "layers": tuple(pruning["layers"])})
+    return EncoderConfig(**values)
 
 
 def empty_encoder(bert_config: BertConfig, config: EncoderConfig) -> EarlyExitEncoder:

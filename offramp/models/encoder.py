@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -18,21 +18,21 @@ from transformers.utils import logging as transformers_logging
 
 from offramp.errors import DataError, ModelError, OptionError
 from offramp.models.heads import Pooling, Tokens, exit_head, mean_weights
-
-# Added to the attention scores of padding. Finite, because -inf keeps the mask, the addition and the softmax
-# out of FP16 (executed, ModelOpt AutoCast 0.47) and makes NaN of a row that is all padding; exp(-1e4) is
-# exactly 0 in FP32 and FP16, so padding changes no bit.
-MASKED_SCORE = -1e4
+from offramp.models.pruning import Pruning, Shortening, check_ratio, norm_importance, prune
+from offramp.models.window_attention import Mask, run_layer, run_layer_and_listen, score_mask, window_mask
 
 
 @dataclass(frozen=True)
 class EncoderConfig:
-    """Where the exits are and how they read the hidden state.
+    """Where the exits are, how they read the hidden state, and what makes the layers cheaper.
 
     `exits` are numbers of layers in increasing order, 0 being the embeddings; layers above the last one are
     dropped, so `(2,)` is a static model of 2 layers. `pooling` is what the final exit reads, `early_pooling`
     what the others do: a linear classifier on the mean or the first token, or a small network over every token
-    and its neighbours ("window"). `dropout` holds for the layers and the exit heads. Raises OptionError.
+    and its neighbours ("window"). `dropout` holds for the layers and the exit heads. `pruning` says which tokens go
+    on the way; an exit at a pruned layer reads what is left. With `window`, tokens look at that many neighbours and
+    at [CLS] only; `in_blocks` computes that in blocks instead of under a mask: the same but for rounding, and faster
+    for long texts (`window_attention.blocks_pay`). Raises OptionError.
     """
 
     exits: tuple[int, ...] = (0, 2, 4, 6)
@@ -40,6 +40,9 @@ class EncoderConfig:
     pooling: Pooling = "mean"
     early_pooling: Pooling = "window"
     dropout: float = 0.1  # BERT's own (arXiv 1810.04805, appendix A.2)
+    pruning: Pruning | None = None
+    window: int = 0
+    in_blocks: bool = False
 
     def __post_init__(self) -> None:
         increasing = all(low < high for low, high in zip(self.exits, self.exits[1:], strict=False))
@@ -52,13 +55,29 @@ class EncoderConfig:
                 raise OptionError(f"{name}: got {getattr(self, name)!r}, expected one of {get_args(Pooling)}")
         if not 0.0 <= self.dropout < 1.0:
             raise OptionError(f"dropout: got {self.dropout}, expected a number in [0, 1)")
+        if self.window < 0 or self.window % 2:
+            raise OptionError(f"window: got {self.window}, expected an even number of neighbours, 0 for all tokens")
+        if self.in_blocks and not self.window:
+            raise OptionError("in_blocks: got a window of 0, expected one of at least 2; dense attention has no blocks")
+
+    def prunes_after(self, depth: int) -> bool:
+        """Tell whether tokens go after `depth` layers; after the last one it would serve nobody."""
+        return self.pruning is not None and depth in self.pruning.layers and depth < self.exits[-1]
+
+
+class ExitAnswer(NamedTuple):
+    """What an exit says that tells of its tokens: logits (N, C), and the share of tokens left, retention (N,)."""
+
+    logits: Tensor
+    retention: Tensor
 
 
 class EarlyExitEncoder(nn.Module):
     """Encoder whose forward returns one (N, C) tensor of logits per exit, in order, the final exit last.
 
-    It takes over the embeddings and the first layers of `bert` (shared, not copied). Raises ModelError if
-    `bert` has too few layers or is a decoder.
+    It takes over the embeddings and the first layers of `bert` (shared, not copied). `pruning_ratio` is the share of
+    tokens that goes at each pruning; training may change it between steps (`pruning.annealed_ratio`). With
+    `reports_retention`, every exit is an ExitAnswer. Raises ModelError if `bert` has too few layers or is a decoder.
     """
 
     def __init__(self, bert: BertModel, config: EncoderConfig) -> None:
@@ -76,24 +95,63 @@ class EarlyExitEncoder(nn.Module):
             exit_head(self.bert_config.hidden_size, config.num_classes, pooling, config.dropout) for pooling in poolings
         )
         set_dropout(self, config.dropout)
+        self.reports_retention = False
+        self._pruning_ratio = config.pruning.ratio if config.pruning else 0.0
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
+    @property
+    def pruning_ratio(self) -> float:
+        """Return the share of tokens that goes at each pruning; OptionError when set to what is none."""
+        return self._pruning_ratio
+
+    @pruning_ratio.setter
+    def pruning_ratio(self, ratio: float) -> None:
+        check_ratio(ratio)
+        self._pruning_ratio = ratio
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor | ExitAnswer, ...]:
         """Classify N texts: input_ids and attention_mask (1 = token, 0 = padding) are (N, T) int64."""
         states = self.states(input_ids, attention_mask)
-        return tuple(head(hidden, tokens) for head, (hidden, tokens) in zip(self.heads, states, strict=True))
+        answers: list[Tensor | ExitAnswer] = []
+        for head, (hidden, tokens) in zip(self.heads, states, strict=True):
+            logits = head(hidden, tokens)
+            answers.append(ExitAnswer(logits, retention(attention_mask, tokens)) if self.reports_retention else logits)
+        return tuple(answers)
 
     def states(self, input_ids: Tensor, attention_mask: Tensor) -> Iterator[tuple[Tensor, Tokens]]:
         """Yield the hidden state (N, T, d) at each exit in turn; no layer runs before somebody asks beyond it."""
         dtype = self.embeddings.word_embeddings.weight.dtype
         kept = attention_mask[:, None, :].to(dtype)  # (N, 1, T) in {0, 1}
-        score_mask = (1.0 - kept)[:, None] * MASKED_SCORE  # (N, 1, 1, T) in {MASKED_SCORE, 0}
+        mask = score_mask(kept, self.config.window, in_blocks=self.config.in_blocks)
         tokens = Tokens(kept, mean_weights(kept))
         hidden = embedded(self.embeddings, input_ids)  # (N, T, d)
         for depth in range(len(self.layers) + 1):
-            if depth > 0:
-                hidden = self.layers[depth - 1](hidden, score_mask)  # (N, T, d)
+            if self.config.prunes_after(depth):
+                hidden, kept = self._pruned(self.layers[depth - 1], hidden, kept, mask)
+                mask = score_mask(kept, self.config.window, in_blocks=self.config.in_blocks)
+                tokens = Tokens(kept, mean_weights(kept))
+            elif depth > 0:
+                hidden = run_layer(self.layers[depth - 1], hidden, mask)  # (N, T, d)
             if depth in self.config.exits:
                 yield hidden, tokens
+
+    def _pruned(self, layer: nn.Module, hidden: Tensor, kept: Tensor, mask: Mask) -> tuple[Tensor, Tensor]:
+        """Run a layer and drop tokens after it: (N, T, d), (N, 1, T) to (N, K, d), (N, 1, K)."""
+        pruning = self.config.pruning
+        assert pruning is not None
+        if pruning.importance == "attention":
+            whole = mask if isinstance(mask, Tensor) else window_mask(kept, self.config.window)
+            hidden, importance = run_layer_and_listen(layer, hidden, kept, whole)
+        else:
+            hidden = run_layer(layer, hidden, mask)
+            importance = norm_importance(hidden)
+        how = Shortening(pruning, self._pruning_ratio, self.bert_config.max_position_embeddings)
+        return prune(hidden, kept, importance, how)
+
+
+def retention(attention_mask: Tensor, tokens: Tokens) -> Tensor:
+    """Return the share of its tokens that each row still has: attention_mask (N, T), to (N,) in [0, 1]."""
+    given = attention_mask.sum(dim=1).clamp(min=1)
+    return tokens.kept[:, 0].sum(dim=1) / given
 
 
 def embedded(embeddings: BertEmbeddings, input_ids: Tensor) -> Tensor:

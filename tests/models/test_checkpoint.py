@@ -15,6 +15,7 @@ from offramp.models.checkpoint import (
     save_checkpoint,
 )
 from offramp.models.encoder import EncoderConfig
+from offramp.models.pruning import Pruning
 
 FILES = ("config.json", "model.safetensors", "tokenizer.json")
 
@@ -41,11 +42,22 @@ def test_what_is_loaded_is_what_was_saved(checkpoint: Checkpoint, saved: Path) -
         assert torch.equal(got, expected)
 
 
+def test_pruning_and_window_are_saved(encoder_path: Path, tmp_path: Path) -> None:
+    pruning = Pruning(layers=(1, 2), ratio=0.4, importance="attention", min_tokens=3, merge=True)
+    config = EncoderConfig(exits=(1, 3), pruning=pruning, window=8, in_blocks=True)
+    save_checkpoint(tmp_path / "eat", checkpoint_from_encoder(encoder_path, config, ("a", "b"), max_length=16))
+    loaded = load_checkpoint(tmp_path / "eat")
+    assert loaded.config == config
+    assert loaded.model.pruning_ratio == 0.4
+
+
 def test_an_older_checkpoint_has_one_pooling_for_all_exits(encoder_path: Path, tmp_path: Path) -> None:
+    """And neither pruning nor window."""
     config = EncoderConfig(exits=(1, 3), pooling="mean", early_pooling="mean")
     save_checkpoint(tmp_path / "old", checkpoint_from_encoder(encoder_path, config, ("a", "b"), max_length=16))
     written = json.loads((tmp_path / "old" / "config.json").read_text())
-    del written["encoder"]["early_pooling"]
+    for name in ("early_pooling", "pruning", "window", "in_blocks"):
+        del written["encoder"][name]
     (tmp_path / "old" / "config.json").write_text(json.dumps(written))
     assert load_checkpoint(tmp_path / "old").config == config
 
