@@ -30,7 +30,8 @@ from machine import describe_machine
 from offramp.export.capture import DEFAULT_OPSET, Example
 from offramp.export.export_bundle import ExportOptions, export_bundle
 from offramp.export.source import source_from_model
-from offramp.models.data import default_encoder_path, load_rotten_tomatoes, load_tokenizer, padded, token_ids
+from offramp.models.data import default_encoder_path, load_rotten_tomatoes, load_tokenizer, token_ids
+from offramp.models.rows import padded
 from offramp.policy import Policy
 from offramp.runtime import Runner
 from offramp.runtime.timing import interleaved_ms

@@ -12,9 +12,10 @@ from offramp import Policy
 from offramp.commands.sources import source_from_argument
 from offramp.export.export_bundle import ExportOptions, export_bundle
 from offramp.models.checkpoint import checkpoint_from_encoder
-from offramp.models.data import TextSplits, default_encoder_path, load_rotten_tomatoes
+from offramp.models.data import TextSplits, default_encoder_path, load_rotten_tomatoes, load_tokenizer, text_rows
 from offramp.models.encoder import EncoderConfig
-from offramp.models.train import TrainOptions, train_classifier
+from offramp.models.plan import Plan, Stage
+from offramp.models.train import Output, train_model
 from offramp.runtime import Runner
 
 
@@ -25,8 +26,9 @@ def main(output: Path) -> None:
 
     config = EncoderConfig(exits=(1, 2), num_classes=2)  # two layers of MiniLM, an exit after each
     checkpoint = checkpoint_from_encoder(default_encoder_path(), config, splits.label_names, max_length=64)
-    report = train_classifier(checkpoint, splits, TrainOptions(epochs=1), output / "checkpoint")
-    print("validation accuracy per exit:", report.validation_accuracy)
+    rows = text_rows(load_tokenizer(checkpoint.tokenizer_path, 64), splits)
+    report = train_model(checkpoint, rows, Plan((Stage("joint", epochs=1),)), Output(output / "checkpoint"))
+    print("validation accuracy per exit:", report.validation)
 
     source = source_from_argument(str(output / "checkpoint"), (), 20, "rotten-tomatoes", {})
     manifest = export_bundle(source, output / "bundle", ExportOptions(precision="fp32"))

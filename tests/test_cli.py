@@ -284,11 +284,14 @@ def test_doctor_names_what_is_missing_and_the_cure() -> None:
 
 def test_defaults_of_train_are_those_of_the_recipe() -> None:
     from offramp.models.encoder import EncoderConfig
-    from offramp.models.train import TrainOptions
+    from offramp.models.plan import demo_plan
 
-    recipe, config = TrainOptions(), EncoderConfig()
+    plan, config = demo_plan(), EncoderConfig()
     defaults = {option.name: option.default for option in main.commands["train"].params}
-    for name in ("epochs", "distil_epochs", "batch_size", "encoder_lr", "head_lr", "early_weight", "seed"):
-        assert defaults[name] == getattr(recipe, name)
+    assert (defaults["epochs"], defaults["distil_epochs"]) == tuple(stage.epochs for stage in plan.stages)
+    for name in ("encoder_lr", "head_lr"):
+        assert {defaults[name]} == {getattr(stage, name) for stage in plan.stages}
+    assert defaults["early_weight"] == plan.stages[0].loss.early_weight
+    assert (defaults["batch_size"], defaults["seed"]) == (plan.run.batch_size, plan.run.seed)
     assert defaults["exits"] == ",".join(map(str, config.exits))
     assert (defaults["pooling"], defaults["early_pooling"]) == (config.pooling, config.early_pooling)

@@ -57,7 +57,7 @@ def train(output: Path, resume: bool, as_json: bool, **options: Any) -> None:
     from offramp.commands.training import TrainRequest, train_checkpoint
 
     report = train_checkpoint(output, TrainRequest(**options), resume, progress=not as_json)
-    exits = [f"{accuracy:.3f}" for accuracy in report.validation_accuracy]
+    exits = [f"{accuracy:.3f}" for accuracy in report.validation]
     text = f"{output}: validation accuracy per exit {' '.join(exits)}, {report.seconds:.0f} s"
     print_result(as_json, dataclasses.asdict(report), [text, f"next: offramp export {output} -o BUNDLE"])
 

@@ -107,10 +107,12 @@ def _from_checkpoint(path: Path, exits: Sequence[str], opset: int, calibration_d
 
     from offramp.export.capture import Example
     from offramp.models.checkpoint import load_checkpoint
-    from offramp.models.data import load_tokenizer, padded, token_ids
+    from offramp.models.data import load_tokenizer, token_ids
+    from offramp.models.rows import padded
 
     checkpoint = load_checkpoint(path)
     texts = _calibration_texts(path, calibration_data)
+    assert checkpoint.tokenizer_path is not None
     tokenizer = load_tokenizer(checkpoint.tokenizer_path, checkpoint.max_length)
     rows = token_ids(tokenizer, texts[: _BATCH * _MAX_BATCHES])
     batches: list[Arrays] = []

@@ -9,19 +9,23 @@ from pathlib import Path
 from offramp.commands.dataset import ROTTEN_TOMATOES
 from offramp.commands.sources import CALIBRATION_TEXTS
 from offramp.errors import OptionError
-from offramp.models.checkpoint import Checkpoint, checkpoint_from_encoder
+from offramp.models.checkpoint import Checkpoint, checkpoint_from_encoder, load_checkpoint
 from offramp.models.data import (
     TextSplits,
     default_encoder_path,
     load_imdb_sentences,
     load_rotten_tomatoes,
     load_texts,
+    load_tokenizer,
     load_unlabelled,
     split_texts,
+    text_rows,
 )
 from offramp.models.encoder import EncoderConfig
 from offramp.models.heads import Pooling
-from offramp.models.train import TrainOptions, TrainReport, resume_training, train_classifier
+from offramp.models.plan import Plan, RunOptions, Stage
+from offramp.models.strategies import LossOptions
+from offramp.models.train import Output, TrainReport, resume_training, train_model
 from offramp.storage import write_file
 
 IMDB = "imdb"
@@ -55,21 +59,22 @@ def train_checkpoint(output: Path, request: TrainRequest, resume: bool, progress
     Raises OptionError, DataError, ModelError or StorageError.
     """
     splits = load_splits(request)
+    checkpoint = load_checkpoint(output) if resume else _fresh_checkpoint(request, splits)
+    assert checkpoint.tokenizer_path is not None
+    rows = text_rows(load_tokenizer(checkpoint.tokenizer_path, checkpoint.max_length), splits)
     if resume:
-        report = resume_training(output, splits, progress)
+        report = resume_training(output, rows, progress)
     else:
-        options = TrainOptions(
-            epochs=request.epochs,
-            distil_epochs=request.distil_epochs,
-            batch_size=request.batch_size,
-            encoder_lr=request.encoder_lr,
-            head_lr=request.head_lr,
-            early_weight=request.early_weight,
-            seed=request.seed,
-        )
-        report = train_classifier(_fresh_checkpoint(request, splits), splits, options, output, progress)
+        has_early = len(checkpoint.config.exits) > 1 and rows.unlabelled is not None
+        loss = LossOptions(early_weight=request.early_weight)
+        joint = Stage("joint", request.epochs, request.encoder_lr, request.head_lr, loss=loss)
+        stages = [joint]
+        if has_early and request.distil_epochs:
+            stages.append(replace(joint, strategy="labels_or_answers", epochs=request.distil_epochs))
+        plan = Plan(tuple(stages), RunOptions(request.batch_size, request.seed))
+        report = train_model(checkpoint, rows, plan, Output(output, progress=progress))
     lines = [
-        json.dumps({"text": example.text, "label": splits.label_names[example.label]})
+        json.dumps({"text": example.text, "label": splits.label_names[int(example.label)]})
         for example in splits.train[:_CALIBRATION_TEXTS]
     ]
     write_file(output / CALIBRATION_TEXTS, ("\n".join(lines) + "\n").encode())

@@ -9,7 +9,7 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from offramp.errors import DataError, OptionError
+from offramp.models.rows import TextRows, TrainingRows, without_labels
 
 # The sizes leave 6,530 of 8,530 sentences for training. Splits differ in difficulty: docs/log.md has two of them.
 ROTTEN_TOMATOES_HOLDOUT = 1000
@@ -29,10 +30,10 @@ IMDB_WORDS = (4, 45)  # words of a sentence that is kept; nine in ten are, the r
 
 @dataclass(frozen=True)
 class TextExample:
-    """One text and the index of its class."""
+    """One text and the index of its class, or, in a regression, its value (float)."""
 
     text: str
-    label: int
+    label: int | float
 
 
 @dataclass(frozen=True)
@@ -55,15 +56,6 @@ class TextSplits:
     test: tuple[TextExample, ...]
     label_names: tuple[str, ...]
     unlabelled: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Batch:
-    """N texts padded to the longest: input_ids, attention_mask (N, T) int64, labels (N,) int64."""
-
-    input_ids: np.ndarray
-    attention_mask: np.ndarray
-    labels: np.ndarray
 
 
 def installed_file(package: str, inside: str, requirement: str) -> Path:
@@ -278,32 +270,21 @@ def token_ids(tokenizer: Tokenizer, texts: Sequence[str]) -> list[list[int]]:
     return [encoding.ids for encoding in tokenizer.encode_batch(list(texts))]
 
 
-def padded(rows: Sequence[Sequence[int]], pad_id: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Pad N rows of token ids to the longest; returns input_ids and attention_mask, (N, T) int64."""
-    longest = max((len(row) for row in rows), default=0)
-    input_ids = np.full((len(rows), longest), pad_id, dtype=np.int64)
-    attention_mask = np.zeros((len(rows), longest), dtype=np.int64)
-    for position, row in enumerate(rows):
-        input_ids[position, : len(row)] = row
-        attention_mask[position, : len(row)] = 1
-    return input_ids, attention_mask
+def text_rows(tokenizer: Tokenizer, splits: TextSplits) -> TrainingRows:
+    """Tokenise splits into the rows that training takes; those without labels, if there are any, have UNKNOWN."""
+    unlabelled = token_ids(tokenizer, splits.unlabelled) if splits.unlabelled else []
+    return TrainingRows(
+        rows_from_examples(tokenizer, splits.train),
+        rows_from_examples(tokenizer, splits.validation),
+        TextRows(unlabelled, without_labels(len(unlabelled))) if unlabelled else None,
+    )
 
 
-def batches(rows: Sequence[Sequence[int]], labels: Sequence[int], batch_size: int, seed: int) -> Iterator[Batch]:
-    """Yield batches of texts of about the same length, shuffled by `seed`; every row comes once.
-
-    Rows are shuffled, sorted by length (texts of one length keep their shuffled order) and cut into batches
-    that are shuffled again, so that batches differ from epoch to epoch and hardly pad.
-    """
-    random = np.random.default_rng(seed)
-    order = random.permutation(len(rows))
-    lengths = np.array([len(rows[index]) for index in order])
-    order = order[np.argsort(lengths, kind="stable")]
-    starts = random.permutation(np.arange(0, len(rows), batch_size))
-    for start in starts:
-        chosen = order[start : start + batch_size]
-        input_ids, attention_mask = padded([rows[index] for index in chosen])
-        yield Batch(input_ids, attention_mask, np.array([labels[index] for index in chosen], dtype=np.int64))
+def rows_from_examples(tokenizer: Tokenizer, examples: Sequence[TextExample]) -> TextRows:
+    """Tokenise examples; their labels are classes (int) or, in a regression, values (float)."""
+    labels = labels_of(examples)
+    is_value = any(isinstance(label, float) for label in labels)
+    return TextRows(token_ids(tokenizer, texts_of(examples)), np.array(labels, np.float32 if is_value else np.int64))
 
 
 def texts_of(examples: Iterable[TextExample]) -> list[str]:
@@ -311,6 +292,6 @@ def texts_of(examples: Iterable[TextExample]) -> list[str]:
     return [example.text for example in examples]
 
 
-def labels_of(examples: Iterable[TextExample]) -> list[int]:
+def labels_of(examples: Iterable[TextExample]) -> list[int | float]:
     """Return the labels alone."""
     return [example.label for example in examples]

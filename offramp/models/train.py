@@ -1,90 +1,43 @@
-"""Training a classifier with exits, resumable after every epoch.
+"""The training loop: one for classes and values, encoders and CNNs, and every strategy.
 
-First encoder and heads together on the labelled texts; then, where there are texts without labels, the heads before
-the final one alone, on what the final exit answers. It trains what it is given and saves where it is told; choosing
-an encoder and data is the caller's.
+It takes a step per batch, validates after every epoch, and leaves behind what a killed run resumes from. It trains
+what it is given and saves where it is told; choosing a model, data and a plan is the caller's.
 """
+
+from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import Tensor
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
 
 from offramp.errors import DataError, OptionError
-from offramp.models.checkpoint import (
-    Checkpoint,
-    load_checkpoint,
-    load_training_state,
-    save_checkpoint,
+from offramp.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from offramp.models.evaluate import answers_of, quality_per_exit
+from offramp.models.plan import Plan, RunOptions, Stage, precision_of_cpu
+from offramp.models.randomness import forked_random_state, random_state, seed_all, set_random_state
+from offramp.models.rows import Batch, Rows, TrainingRows, joined
+from offramp.models.schedule import layers_dropped, learning_rate_scale, set_annealed
+from offramp.models.snapshot import (
+    EpochReport,
+    Position,
+    Snapshot,
+    bytes_from_snapshot,
+    load_snapshot,
+    restore,
+    save_snapshot,
 )
-from offramp.models.data import (
-    Batch,
-    TextExample,
-    TextSplits,
-    batches,
-    labels_of,
-    load_tokenizer,
-    texts_of,
-    token_ids,
-)
-from offramp.models.encoder import EarlyExitEncoder
-from offramp.models.losses import EARLY_WEIGHT, ExitLoss, distillation_loss, exit_weights, joint_loss
-from offramp.trace import UNKNOWN
-
-Precision = Literal["auto", "float32", "bfloat16"]
-
-WEIGHT_DECAY = 0.01  # arXiv 1810.04805, appendix A.2; not on biases and LayerNorm
-EVALUATION_BATCH = 64
-
-
-@dataclass(frozen=True)
-class TrainOptions:
-    """How to train; the defaults are the recipe measured in docs/log.md. Raises OptionError.
-
-    `epochs` train everything, `distil_epochs` after them the early heads alone. `precision` is that of the matrix
-    products; weights stay float32. "auto" takes bfloat16 where the CPU has instructions for it.
-    """
-
-    epochs: int = 2
-    distil_epochs: int = 1
-    batch_size: int = 32
-    encoder_lr: float = 1e-4
-    head_lr: float = 1e-3
-    warmup_ratio: float = 0.1
-    early_weight: float = EARLY_WEIGHT
-    seed: int = 0
-    precision: Precision = "auto"
-
-    def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("distil_epochs", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise OptionError(f"{name}: got {getattr(self, name)}, expected {least} or more")
-        for name in ("encoder_lr", "head_lr", "early_weight"):
-            if not (math.isfinite(getattr(self, name)) and getattr(self, name) >= 0):
-                raise OptionError(f"{name}: got {getattr(self, name)}, expected a finite number from 0")
-        if not 0.0 <= self.warmup_ratio <= 1.0:
-            raise OptionError(f"warmup_ratio: got {self.warmup_ratio}, expected a number in [0, 1]")
-        if self.precision not in get_args(Precision):
-            raise OptionError(f"precision: got {self.precision!r}, expected one of {get_args(Precision)}")
-
-
-@dataclass(frozen=True)
-class EpochReport:
-    """One epoch: mean training loss, accuracy of every exit on the validation split, wall-clock seconds."""
-
-    loss: float
-    validation_accuracy: tuple[float, ...]
-    seconds: float
-    steps: int
+from offramp.models.strategies import HEADS, Learners, set_learners, step_loss
 
 
 @dataclass(frozen=True)
@@ -95,9 +48,9 @@ class TrainReport:
     precision: str
 
     @property
-    def validation_accuracy(self) -> tuple[float, ...]:
-        """Return the accuracy of every exit after the last epoch."""
-        return self.epochs[-1].validation_accuracy
+    def validation(self) -> tuple[float, ...]:
+        """Return what every exit did after the last epoch: accuracy, or mean absolute error in a regression."""
+        return self.epochs[-1].validation
 
     @property
     def seconds(self) -> float:
@@ -111,152 +64,179 @@ class TrainReport:
 
 
 @dataclass(frozen=True)
-class TokenisedTexts:
-    """Token ids of every text, not padded, and its label."""
+class Output:
+    """Where a run is saved (None: nowhere), what the caller wants to find there, and whether a bar is drawn."""
 
-    rows: Sequence[Sequence[int]]
-    labels: Sequence[int]
+    folder: Path | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    progress: bool = False
 
 
-def train_classifier(
+def train_model(
     checkpoint: Checkpoint,
-    splits: TextSplits,
-    options: TrainOptions,
-    out: Path | None = None,
-    progress: bool = False,
+    rows: TrainingRows,
+    plan: Plan,
+    output: Output = Output(),
+    teacher: nn.Module | None = None,
 ) -> TrainReport:
     """Train the model of `checkpoint` in place and leave it in eval mode.
 
-    With `out`, the checkpoint is saved there after every epoch, and `resume_training` can go on from it. With
-    `progress`, a bar is drawn on stderr. Raises OptionError, StorageError, and DataError if labels and
-    classes do not fit.
+    With a folder, the run can be killed at any step and `resume_training` goes on from there. `teacher` answers the
+    same inputs, for stages that weigh it. Raises OptionError, StorageError, and DataError if targets and model do not
+    fit.
     """
-    check_labels(checkpoint, splits)
-    optimizer = optimizer_from_model(checkpoint.model, options)
-    return run_epochs(Run(checkpoint, splits, options, optimizer, out, progress), ())
+    check_rows(checkpoint, rows)
+    run = Run(checkpoint, rows, plan, optimizer_from_model(checkpoint.model, plan), output, teacher)
+    if output.folder is not None:
+        save_checkpoint(output.folder, checkpoint, bytes_from_snapshot(snapshot_of(run, Position())))
+    return run_epochs(run, Position())
 
 
-def resume_training(out: Path, splits: TextSplits, progress: bool = False) -> TrainReport:
-    """Go on with the run that was interrupted in `out`, with its options; the weights become the same.
+def resume_training(
+    folder: Path, rows: TrainingRows, progress: bool = False, teacher: nn.Module | None = None
+) -> TrainReport:
+    """Go on with the run that was killed in `folder`, with its plan; the weights become the same.
 
-    Raises DataError if there is nothing to resume, or if the training texts are others than before.
+    Raises DataError if there is nothing to resume, or if the rows are others than before.
     """
-    state = load_training_state(out)
-    checkpoint = load_checkpoint(out)
-    check_labels(checkpoint, splits)
-    try:
-        if state["num_train"] != (sizes := [len(splits.train), len(splits.unlabelled)]):
-            raise DataError(
-                f"resuming {out}: got texts to train on, with and without labels: {sizes}, before: "
-                f"{state['num_train']}; give the same data and seed"
-            )
-        options = TrainOptions(**state["options"])
-        optimizer = optimizer_from_model(checkpoint.model, options)
-        optimizer.load_state_dict(state["optimizer"])
-        done = tuple(epoch_from_dict(epoch) for epoch in state["epochs"])
-    except (KeyError, TypeError, ValueError) as exc:
-        if isinstance(exc, DataError):
-            raise
-        raise DataError(f"resuming {out}: its training state does not fit: {exc!r}; train again") from exc
-    return run_epochs(Run(checkpoint, splits, options, optimizer, out, progress), done)
+    snapshot = load_snapshot(folder)
+    checkpoint = load_checkpoint(folder)
+    check_rows(checkpoint, rows)
+    if snapshot.sizes != rows.sizes():
+        raise DataError(
+            f"resuming {folder}: got rows to train on, with and without labels: {rows.sizes()}, before: "
+            f"{snapshot.sizes}; give the same data and seed"
+        )
+    optimizer = optimizer_from_model(checkpoint.model, snapshot.plan)
+    restore(snapshot, checkpoint.model, optimizer, folder)
+    output = Output(folder, snapshot.extra, progress)
+    return run_epochs(Run(checkpoint, rows, snapshot.plan, optimizer, output, teacher), snapshot.position)
 
 
 @dataclass(frozen=True)
 class Run:
-    """All that the epochs of one run share."""
+    """All that the steps of one run share."""
 
     checkpoint: Checkpoint
-    splits: TextSplits
-    options: TrainOptions
+    rows: TrainingRows
+    plan: Plan
     optimizer: torch.optim.Optimizer
-    out: Path | None
-    progress: bool
+    output: Output
+    teacher: nn.Module | None
+
+    @property
+    def model(self) -> nn.Module:
+        """Return the model that is trained."""
+        return self.checkpoint.model
 
 
 @dataclass(frozen=True)
-class Stage:
-    """Epochs `first` to `last`, exclusive, and what they have in common."""
+class EpochPlace:
+    """One epoch of a run: its stage, that stage's first epoch, and its number of steps."""
 
+    stage: Stage
     first: int
-    last: int
-    texts: TokenisedTexts
-    loss: ExitLoss
-    heads_only: bool  # train the heads before the final one and nothing else
+    epoch: int
+    num_steps: int
+
+    def stage_step(self, step: int) -> int:
+        """Return how many steps of the stage are done before step `step` of this epoch."""
+        return (self.epoch - self.first) * self.num_steps + step
 
 
-def stages_of(run: Run) -> tuple[Stage, ...]:
-    """Return the stages of a run: the second only with early exits and texts without labels."""
-    labelled = tokenised(run.checkpoint, run.splits.train)
-    num_epochs, num_all = run.options.epochs, num_epochs_of(run)
-    joint = Stage(0, num_epochs, labelled, joint_loss, heads_only=False)
-    if num_all == num_epochs:
-        return (joint,)
-    extra = tokenised(run.checkpoint, [TextExample(text, UNKNOWN) for text in run.splits.unlabelled])
-    texts = TokenisedTexts([*labelled.rows, *extra.rows], [*labelled.labels, *extra.labels])
-    return joint, Stage(num_epochs, num_all, texts, distillation_loss, heads_only=True)
+def run_epochs(run: Run, position: Position) -> TrainReport:
+    """Train from `position` to the end, validating after each epoch, and save the finished checkpoint."""
+    with progress_bar(run.output.progress) as bar, forked_random_state():
+        while position.epoch < run.plan.num_epochs:
+            report = train_epoch(run, position, bar)
+            position = Position((*position.epochs, report))
+            if run.output.folder is not None:
+                finished = position.epoch == run.plan.num_epochs
+                state = None if finished else bytes_from_snapshot(snapshot_of(run, position))
+                save_checkpoint(run.output.folder, run.checkpoint, state)
+    run.model.eval()
+    return TrainReport(position.epochs, precision_of_cpu(run.plan.run.precision))
 
 
-def num_epochs_of(run: Run) -> int:
-    """Return the number of epochs of all stages."""
-    has_second = run.splits.unlabelled and len(run.checkpoint.model.heads) > 1
-    return run.options.epochs + (run.options.distil_epochs if has_second else 0)
+def train_epoch(run: Run, position: Position, bar: Progress) -> EpochReport:
+    """Take the steps of one epoch that are not done yet, then validate."""
+    started = time.perf_counter() - position.seconds
+    stage, first = run.plan.stage_of(position.epoch)
+    rows = stage_rows(run, stage)
+    options = run.plan.run
+    place = EpochPlace(stage, first, position.epoch, math.ceil(len(rows.targets) / options.batch_size))
+    task = bar.add_task(f"epoch {place.epoch + 1}/{run.plan.num_epochs}", total=place.num_steps, loss=math.nan)
+    bar.advance(task, position.step)
+    losses = take_steps(run, place, rows, position, started, (bar, task))
+    set_annealed(run.model, stage.anneal, place.epoch + 1 - place.first)
+    validation = quality_per_exit(run.model, run.rows.validation)
+    return EpochReport(sum(losses) / len(losses), validation, time.perf_counter() - started, len(losses))
 
 
-def run_epochs(run: Run, done: tuple[EpochReport, ...]) -> TrainReport:
-    """Train the epochs that are not `done`, validating and saving after each."""
-    stages = stages_of(run)
-    validation = tokenised(run.checkpoint, run.splits.validation)
-    epochs = list(done)
-    with progress_bar(run.progress) as bar:
-        for epoch in range(len(done), stages[-1].last):
-            start = time.perf_counter()
-            stage = next(stage for stage in stages if epoch < stage.last)
-            loss, steps = train_epoch(run, stage, epoch, bar)
-            accuracy = accuracy_of(run.checkpoint.model, validation)
-            epochs.append(EpochReport(loss, accuracy, time.perf_counter() - start, steps))
-            if run.out is not None:
-                save_checkpoint(run.out, run.checkpoint, training_state(run, epochs))
-    run.checkpoint.model.eval()
-    return TrainReport(tuple(epochs), precision_of_cpu(run.options.precision))
+def take_steps(
+    run: Run, place: EpochPlace, rows: Rows, position: Position, started: float, shown: tuple[Progress, TaskID]
+) -> list[float]:
+    """Take the steps of an epoch from `position` on; returns the losses of all its steps."""
+    seed = epoch_seed(run.plan.run.seed, place.epoch)
+    seed_all(seed)
+    if position.random is not None:
+        set_random_state(position.random)
+    losses = list(position.losses)
+    learners: Learners | None = None
+    saved = time.perf_counter()
+    batches = islice(rows.batches(run.plan.run.batch_size, seed), position.step, None)
+    with layers_dropped(run.model, place.stage.layer_dropout):
+        for step, batch in enumerate(batches, start=position.step):
+            wanted = place.stage.chosen.learns(place.stage_step(step))
+            if wanted != learners:
+                set_learners(run.model, learners := wanted, run.plan.run.frozen)
+            losses.append(take_step(run, place, step, batch))
+            shown[0].update(shown[1], advance=1, loss=losses[-1])
+            if run.output.folder is not None and is_due(run.plan.run, step + 1, saved):
+                seconds = time.perf_counter() - started
+                now = Position(position.epochs, tuple(losses), seconds, random_state())
+                save_snapshot(run.output.folder, snapshot_of(run, now))
+                saved = time.perf_counter()
+    return losses
 
 
-def train_epoch(run: Run, stage: Stage, epoch: int, bar: Progress) -> tuple[float, int]:
-    """Take one step per batch; returns the mean loss and the number of steps."""
-    model, options = run.checkpoint.model, run.options
-    set_trained(model, stage.heads_only)
-    texts = stage.texts
-    num_steps = math.ceil(len(texts.rows) / options.batch_size)
-    weights = exit_weights(len(model.config.exits), options.early_weight)
+def take_step(run: Run, place: EpochPlace, step: int, batch: Batch) -> float:
+    """Take one step; returns the loss."""
+    stage, options = place.stage, run.plan.run
+    done = place.stage_step(step)
+    set_learning_rates(run.optimizer, stage, done, stage.epochs * place.num_steps)
+    set_annealed(run.model, stage.anneal, done / place.num_steps)
     bfloat16 = precision_of_cpu(options.precision) == "bfloat16"
-    task = bar.add_task(f"epoch {epoch + 1}/{num_epochs_of(run)}", total=num_steps, loss=math.nan)
-    seed = epoch_seed(options.seed, epoch)
-    losses = []
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        for step, batch in enumerate(batches(texts.rows, texts.labels, options.batch_size, seed)):
-            done, last = (epoch - stage.first) * num_steps + step, (stage.last - stage.first) * num_steps
-            set_learning_rates(run.optimizer, options, done, last)
-            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
-                logits = logits_of(model, batch)  # E tensors (N, C)
-            loss = stage.loss(logits, torch.from_numpy(batch.labels), weights)
-            run.optimizer.zero_grad()
-            loss.backward()  # type: ignore[no-untyped-call]
-            run.optimizer.step()
-            losses.append(checked_loss(loss, epoch, step))
-            bar.update(task, advance=1, loss=losses[-1])
-    return sum(losses) / len(losses), len(losses)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+        answers = answers_of(run.model, batch, run.teacher if stage.loss.teacher_weight > 0 else None)
+    loss = step_loss(stage.chosen, stage.loss, answers, torch.from_numpy(batch.targets), done)
+    run.optimizer.zero_grad()
+    loss.backward()  # type: ignore[no-untyped-call]
+    run.optimizer.step()
+    return checked_loss(loss, place.epoch, step)
 
 
-def set_trained(model: EarlyExitEncoder, heads_only: bool) -> None:
-    """Say what learns, and drops out: all but the word table, or only the heads before the final one.
+def stage_rows(run: Run, stage: Stage) -> Rows:
+    """Return the rows that a stage learns from: those without labels too, where its strategy has a use for them."""
+    return joined(run.rows.train, run.rows.unlabelled) if stage.chosen.takes_unlabelled else run.rows.train
 
-    What does not learn gets no gradient, and AdamW passes over it, weight decay included.
-    """
-    model.train(not heads_only).requires_grad_(not heads_only)
-    if heads_only:
-        for head in list(model.heads)[:-1]:
-            head.train().requires_grad_(True)
-    model.embeddings.word_embeddings.weight.requires_grad_(False)
+
+def is_due(options: RunOptions, num_steps: int, saved: float) -> bool:
+    """Tell whether a snapshot is to be written after `num_steps` steps of an epoch, the last one at time `saved`."""
+    by_steps = options.snapshot_steps > 0 and num_steps % options.snapshot_steps == 0
+    return by_steps or time.perf_counter() - saved > options.snapshot_seconds
+
+
+def snapshot_of(run: Run, position: Position) -> Snapshot:
+    """Return all that resuming at `position` needs."""
+    return Snapshot(
+        run.plan,
+        position,
+        run.model.state_dict(),
+        run.optimizer.state_dict(),
+        run.rows.sizes(),
+        run.output.extra,
+    )
 
 
 def checked_loss(loss: Tensor, epoch: int, step: int) -> float:
@@ -269,58 +249,27 @@ def checked_loss(loss: Tensor, epoch: int, step: int) -> float:
     return value
 
 
-def logits_of(model: EarlyExitEncoder, batch: Batch) -> tuple[Tensor, ...]:
-    """Run the model on a batch; one (N, C) per exit."""
-    logits: tuple[Tensor, ...] = model(torch.from_numpy(batch.input_ids), torch.from_numpy(batch.attention_mask))
-    return logits
-
-
-def optimizer_from_model(model: EarlyExitEncoder, options: TrainOptions) -> torch.optim.AdamW:
-    """Build AdamW with one learning rate for the encoder and one for the heads; the word table is frozen.
-
-    Half of MiniLM's parameters are the word table; leaving it frozen cost no accuracy (docs/log.md) and saves
-    its gradient and two moments.
-    """
-    model.embeddings.word_embeddings.weight.requires_grad_(False)
+def optimizer_from_model(model: nn.Module, plan: Plan) -> torch.optim.AdamW:
+    """Build AdamW with one learning rate for the heads and one for the rest; what the plan freezes is left out."""
     groups: dict[tuple[str, bool], list[Tensor]] = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            part = "head" if name.startswith("heads.") else "encoder"
+        if not name.startswith(plan.run.frozen):
+            part = "head" if name.startswith(HEADS) else "encoder"
             groups.setdefault((part, parameter.ndim > 1), []).append(parameter)  # biases, LayerNorm: one axis
     return torch.optim.AdamW(
         [
-            {"params": parameters, "part": part, "weight_decay": WEIGHT_DECAY if decays else 0.0}
+            {"params": parameters, "part": part, "weight_decay": plan.run.weight_decay if decays else 0.0}
             for (part, decays), parameters in groups.items()
         ],
-        lr=options.encoder_lr,
+        lr=plan.stages[0].encoder_lr,
     )
 
 
-def set_learning_rates(optimizer: torch.optim.Optimizer, options: TrainOptions, step: int, num_steps: int) -> None:
-    """Set both learning rates for one step."""
-    scale = learning_rate_scale(step, num_steps, options.warmup_ratio)
+def set_learning_rates(optimizer: torch.optim.Optimizer, stage: Stage, step: int, num_steps: int) -> None:
+    """Set both learning rates for one step of a stage."""
+    scale = learning_rate_scale(step, num_steps, stage.warmup_ratio)
     for group in optimizer.param_groups:
-        group["lr"] = scale * (options.head_lr if group["part"] == "head" else options.encoder_lr)
-
-
-def learning_rate_scale(step: int, num_steps: int, warmup_ratio: float) -> float:
-    """Return the share of the peak rate at a step, in (0, 1]: up in a line, then down in a line."""
-    num_warmup = math.ceil(warmup_ratio * num_steps)
-    if step < num_warmup:
-        return (step + 1) / (num_warmup + 1)
-    return (num_steps - step) / (num_steps - num_warmup)
-
-
-def precision_of_cpu(precision: Precision) -> Literal["float32", "bfloat16"]:
-    """Resolve "auto": bfloat16 where the CPU multiplies it in hardware (AVX512_BF16 or AMX), else float32.
-
-    Elsewhere bfloat16 is emulated and slower than float32.
-    """
-    if precision != "auto":
-        return precision
-    capabilities = torch.cpu.get_capabilities()
-    in_hardware = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-    return "bfloat16" if in_hardware else "float32"
+        group["lr"] = scale * (stage.head_lr if group["part"] == "head" else stage.encoder_lr)
 
 
 def epoch_seed(seed: int, epoch: int) -> int:
@@ -328,60 +277,21 @@ def epoch_seed(seed: int, epoch: int) -> int:
     return int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0])
 
 
-def training_state(run: Run, epochs: Sequence[EpochReport]) -> dict[str, Any] | None:
-    """Return what resuming needs, or None after the last epoch."""
-    if len(epochs) == num_epochs_of(run):
-        return None
-    return {
-        "options": asdict(run.options),
-        "optimizer": run.optimizer.state_dict(),
-        "epochs": [asdict(epoch) for epoch in epochs],
-        "num_train": [len(run.splits.train), len(run.splits.unlabelled)],
-    }
-
-
-def epoch_from_dict(epoch: dict[str, Any]) -> EpochReport:
-    """Rebuild the report of an epoch from a training state."""
-    return EpochReport(**{**epoch, "validation_accuracy": tuple(epoch["validation_accuracy"])})
-
-
-def accuracy_per_exit(checkpoint: Checkpoint, examples: Sequence[TextExample]) -> tuple[float, ...]:
-    """Return the share of texts that each exit classifies right, in float32; OptionError without texts."""
-    if not examples:
-        raise OptionError("measuring accuracy: got no texts")
-    return accuracy_of(checkpoint.model, tokenised(checkpoint, examples))
-
-
-def accuracy_of(model: EarlyExitEncoder, texts: TokenisedTexts) -> tuple[float, ...]:
-    """Return the accuracy of every exit; leaves the model in eval mode."""
-    model.eval()
-    num_right = np.zeros(len(model.config.exits), dtype=np.int64)  # (E,)
-    with torch.inference_mode():
-        for batch in batches(texts.rows, texts.labels, EVALUATION_BATCH, seed=0):
-            labels = torch.from_numpy(batch.labels)
-            logits = torch.stack(logits_of(model, batch))  # (E, N, C)
-            num_right += (logits.argmax(dim=-1) == labels).sum(dim=-1).numpy()
-    return tuple(float(right) / len(texts.rows) for right in num_right)
-
-
-def tokenised(checkpoint: Checkpoint, examples: Sequence[TextExample]) -> TokenisedTexts:
-    """Tokenise examples the way the checkpoint says."""
-    tokenizer = load_tokenizer(checkpoint.tokenizer_path, checkpoint.max_length)
-    return TokenisedTexts(token_ids(tokenizer, texts_of(examples)), labels_of(examples))
-
-
-def check_labels(checkpoint: Checkpoint, splits: TextSplits) -> None:
-    """Raise DataError unless texts and model have the same classes and there is something to train on."""
-    if splits.label_names != checkpoint.label_names:
+def check_rows(checkpoint: Checkpoint, rows: TrainingRows) -> None:
+    """Raise DataError unless targets and model fit and there is something to train on."""
+    num_train, num_validation = len(rows.train.targets), len(rows.validation.targets)
+    if not num_train or not num_validation:
         raise DataError(
-            f"training: got texts of classes {splits.label_names}, the model has {checkpoint.label_names}; "
-            "make the model with the label names of the texts"
+            f"training: got {num_train} rows to train on and {num_validation} to validate, expected at least 1 each"
         )
-    if not splits.train or not splits.validation:
-        raise DataError(
-            f"training: got {len(splits.train)} texts to train on and {len(splits.validation)} to validate, "
-            "expected at least 1 each"
-        )
+    num_classes = checkpoint.num_classes
+    for targets in (rows.train.targets, rows.validation.targets):
+        is_value = np.issubdtype(targets.dtype, np.floating)
+        if is_value != (num_classes == 1) or (not is_value and int(targets.max()) >= num_classes):
+            raise DataError(
+                f"training: got targets of {targets.dtype} up to {targets.max()}, the model answers with "
+                f"{num_classes} numbers; expected float32 values for 1, classes below {num_classes} otherwise"
+            )
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """The tiny encoder on disk, a classifier made of it, and texts that it can learn."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from tiny_encoder import tiny_bert, tiny_tokenizer
 
 from offramp.models.checkpoint import Checkpoint, checkpoint_from_encoder
-from offramp.models.data import TextExample, TextSplits
+from offramp.models.data import TextExample, TextSplits, load_tokenizer, text_rows
 from offramp.models.encoder import EncoderConfig, quiet_transformers
+from offramp.models.rows import TextRows, TrainingRows, without_labels
 
 LABEL_NAMES = ("negative", "positive")
 
@@ -50,3 +52,17 @@ def splits() -> TextSplits:
         word = LABEL_NAMES[label].replace("negative", "bad").replace("positive", "good")
         examples.append(TextExample(" ".join([word, endings[number // 2 % 8], *["the"] * (number % 5)]), label))
     return TextSplits(tuple(examples[:48]), tuple(examples[48:64]), tuple(examples[64:]), LABEL_NAMES)
+
+
+@pytest.fixture
+def rows(checkpoint: Checkpoint, splits: TextSplits) -> TrainingRows:
+    """Return the texts as the model of `checkpoint` takes them."""
+    assert checkpoint.tokenizer_path is not None
+    return text_rows(load_tokenizer(checkpoint.tokenizer_path, checkpoint.max_length), splits)
+
+
+@pytest.fixture
+def rows_and_unlabelled(rows: TrainingRows) -> TrainingRows:
+    """Return the same, and the validation texts without their labels."""
+    assert isinstance(rows.validation, TextRows)
+    return replace(rows, unlabelled=TextRows(rows.validation.ids, without_labels(len(rows.validation.ids))))

@@ -3,7 +3,6 @@
 import hashlib
 from pathlib import Path
 
-import numpy as np
 import pytest
 from tiny_encoder import tiny_tokenizer
 
@@ -12,7 +11,6 @@ from offramp.models.data import (
     NUM_IMDB_SENTENCES,
     LabelledTexts,
     TextExample,
-    batches,
     default_encoder_path,
     installed_file,
     load_imdb_sentences,
@@ -21,7 +19,6 @@ from offramp.models.data import (
     load_tokenizer,
     load_unlabelled,
     normalised,
-    padded,
     split_texts,
     texts_of,
     token_ids,
@@ -172,31 +169,3 @@ def test_what_is_no_tokenizer(tmp_path: Path) -> None:
     path.write_text("{}")
     with pytest.raises(DataError, match=r"expected a tokenizer\.json"):
         load_tokenizer(path, 5)
-
-
-def test_padded() -> None:
-    input_ids, attention_mask = padded([[5, 6], [7]], pad_id=1)
-    assert input_ids.tolist() == [[5, 6], [7, 1]]
-    assert attention_mask.tolist() == [[1, 1], [1, 0]]
-    assert padded([])[0].shape == (0, 0)
-
-
-def test_batches_hold_every_row_once_and_hardly_pad() -> None:
-    random = np.random.default_rng(3)
-    rows = [[number] * int(random.integers(1, 60)) for number in range(1000)]
-    seen, num_tokens, num_places = [], 0, 0
-    for batch in batches(rows, list(range(1000)), 32, seed=1):
-        assert batch.input_ids.shape == batch.attention_mask.shape
-        assert batch.input_ids[:, 0].tolist() == batch.labels.tolist()
-        seen += batch.labels.tolist()
-        num_tokens += int(batch.attention_mask.sum())
-        num_places += batch.attention_mask.size
-    assert sorted(seen) == list(range(1000))
-    assert num_tokens > 0.95 * num_places
-
-
-def test_batches_follow_the_seed() -> None:
-    rows = [[1] * (1 + number % 3) for number in range(50)]
-    order = {seed: [b.labels.tolist() for b in batches(rows, list(range(50)), 8, seed)] for seed in (1, 2)}
-    assert order[1] == [batch.labels.tolist() for batch in batches(rows, list(range(50)), 8, 1)]
-    assert order[1] != order[2]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from offramp.errors import OptionError
-from offramp.models.losses import distillation_loss, exit_weights, joint_loss
+from offramp.models.losses import exit_weights, joint_loss, labels_or_answers_loss
 from offramp.trace import UNKNOWN
 
 
@@ -34,13 +34,13 @@ def test_distillation_follows_the_label_or_the_final_exit() -> None:
     answer = logits[1].softmax(dim=-1).tolist()
     by_label = -early[0][1]
     by_answer = -sum(share * value for share, value in zip(answer[1], early[1], strict=True))
-    got = distillation_loss(logits, torch.tensor([1, UNKNOWN]), (0.3, 1.0)).item()
+    got = labels_or_answers_loss(logits, torch.tensor([1, UNKNOWN]), (0.3, 1.0)).item()
     assert got == pytest.approx(0.3 * (by_label + by_answer) / 2, rel=1e-6)
 
 
 def test_distillation_teaches_the_final_exit_nothing() -> None:
     logits = [torch.zeros(4, 3, requires_grad=True) for _ in range(3)]
-    distillation_loss(logits, torch.tensor([0, 1, 2, UNKNOWN]), exit_weights(3)).backward()
+    labels_or_answers_loss(logits, torch.tensor([0, 1, 2, UNKNOWN]), exit_weights(3)).backward()
     assert [exit_logits.grad is None for exit_logits in logits] == [False, False, True]
 
 
@@ -58,4 +58,4 @@ def test_a_weight_per_exit_is_needed() -> None:
     with pytest.raises(OptionError, match="2 weights for 1 exits"):
         joint_loss([torch.zeros(2, 2)], torch.tensor([0, 1]), (0.3, 1.0))
     with pytest.raises(OptionError, match="2 weights for 3 exits"):
-        distillation_loss([torch.zeros(2, 2)] * 3, torch.tensor([0, 1]), (0.3, 1.0))
+        labels_or_answers_loss([torch.zeros(2, 2)] * 3, torch.tensor([0, 1]), (0.3, 1.0))

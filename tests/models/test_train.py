@@ -1,38 +1,26 @@
-"""Training: it learns, it resumes to the same weights, and it says what it did."""
+"""Training: it learns, whatever the strategy, and it says what it did."""
 
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
 from offramp.errors import DataError, OptionError
 from offramp.models import train
-from offramp.models.checkpoint import (
-    Checkpoint,
-    checkpoint_from_encoder,
-    load_checkpoint,
-    load_training_state,
-    save_checkpoint,
-)
-from offramp.models.data import TextSplits
+from offramp.models.checkpoint import Checkpoint, checkpoint_from_encoder, load_checkpoint
 from offramp.models.encoder import EncoderConfig
-from offramp.models.train import (
-    TrainOptions,
-    accuracy_per_exit,
-    learning_rate_scale,
-    optimizer_from_model,
-    resume_training,
-    train_classifier,
-)
+from offramp.models.evaluate import quality_per_exit
+from offramp.models.plan import WEIGHT_DECAY, Plan, RunOptions, Stage, demo_plan
+from offramp.models.rows import TextRows, TrainingRows
+from offramp.models.strategies import STRATEGIES, LossOptions
+from offramp.models.train import Output, optimizer_from_model, train_model
 
-OPTIONS = TrainOptions(epochs=4, distil_epochs=2, batch_size=8, encoder_lr=3e-3, head_lr=1e-2, precision="float32")
-
-
-@pytest.fixture
-def with_unlabelled(splits: TextSplits) -> TextSplits:
-    """The same texts, and those of the test split without their labels."""
-    return replace(splits, unlabelled=tuple(example.text for example in splits.test))
+RUN = RunOptions(batch_size=8, precision="float32")
+JOINT = Stage("joint", 4, encoder_lr=3e-3, head_lr=1e-2)
+PLAN = Plan((JOINT,), RUN)
+EXITS = ("heads.0.", "heads.1.")
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
@@ -40,127 +28,118 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, torch.Tensor]:
     return {name: tensor.clone() for name, tensor in checkpoint.model.state_dict().items()}
 
 
-def same_weights(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    """Compare bit for bit."""
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+def changed(before: dict[str, torch.Tensor], after: dict[str, torch.Tensor]) -> set[str]:
+    """Name the parts that are others now: heads.0., heads.1., layers., embeddings."""
+    names = {name for name in after if not torch.equal(before[name], after[name])}
+    return {next((part for part in EXITS if name.startswith(part)), name.split(".")[0] + ".") for name in names}
 
 
-def interrupt_in_epoch(monkeypatch: pytest.MonkeyPatch, interrupted: int) -> None:
-    """Make training stop, like Ctrl-C, when epoch `interrupted` begins."""
-    honest = train.train_epoch
-
-    def train_epoch(run: train.Run, stage: train.Stage, epoch: int, bar: object) -> tuple[float, int]:
-        if epoch == interrupted:
-            raise KeyboardInterrupt
-        return honest(run, stage, epoch, bar)
-
-    monkeypatch.setattr(train, "train_epoch", train_epoch)
-
-
-def test_it_learns_every_exit(checkpoint: Checkpoint, splits: TextSplits, tmp_path: Path) -> None:
-    report = train_classifier(checkpoint, splits, OPTIONS, tmp_path / "run")
-    assert report.validation_accuracy == (1.0, 1.0)
+def test_it_learns_every_exit(checkpoint: Checkpoint, rows: TrainingRows, tmp_path: Path) -> None:
+    report = train_model(checkpoint, rows, PLAN, Output(tmp_path / "run"))
+    assert report.validation == (1.0, 1.0)
     assert (report.steps, len(report.epochs), report.precision) == (24, 4, "float32")
     assert report.epochs[0].loss > report.epochs[-1].loss
     assert report.seconds == sum(epoch.seconds for epoch in report.epochs) > 0
     assert not checkpoint.model.training
-    assert same_weights(weights_of(load_checkpoint(tmp_path / "run")), weights_of(checkpoint))
-    assert accuracy_per_exit(checkpoint, splits.test) == (1.0, 1.0)
-    with pytest.raises(DataError, match="finished"):
-        resume_training(tmp_path / "run", splits)
+    for name, tensor in load_checkpoint(tmp_path / "run").model.state_dict().items():
+        assert torch.equal(tensor, checkpoint.model.state_dict()[name])
+    assert quality_per_exit(checkpoint.model, rows.train) == (1.0, 1.0)
 
 
-@pytest.mark.parametrize("interrupted", [1, 3, 4, 5])
-def test_a_resumed_run_ends_with_the_same_weights(
-    checkpoint: Checkpoint,
-    with_unlabelled: TextSplits,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    interrupted: int,
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_teaches_whom_it_should(
+    checkpoint: Checkpoint, rows_and_unlabelled: TrainingRows, strategy: str
 ) -> None:
-    save_checkpoint(tmp_path / "fresh", checkpoint)
-    whole = train_classifier(checkpoint, with_unlabelled, OPTIONS)
-    with monkeypatch.context() as patch:
-        interrupt_in_epoch(patch, interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            train_classifier(load_checkpoint(tmp_path / "fresh"), with_unlabelled, OPTIONS, tmp_path / "run")
-    torch.rand(3)  # the state of the process is another one after a restart
-    resumed = resume_training(tmp_path / "run", with_unlabelled)
-    assert same_weights(weights_of(load_checkpoint(tmp_path / "run")), weights_of(checkpoint))
-    assert [epoch.loss for epoch in resumed.epochs] == [epoch.loss for epoch in whole.epochs]
-    assert resumed.validation_accuracy == whole.validation_accuracy
+    """After joint training, so that there is a final exit to learn from."""
+    everything = {"heads.0.", "heads.1.", "layers.", "embeddings."}
+    early, late = {"heads.0."}, everything - {"heads.0."}
+    expected = {"final": late, "early_heads": early, "self_distillation": early, "labels_or_answers": early}
+    train_model(checkpoint, rows_and_unlabelled, PLAN)
+    before = weights_of(checkpoint)
+    report = train_model(checkpoint, rows_and_unlabelled, Plan((replace(JOINT, strategy=strategy, epochs=1),), RUN))
+    assert changed(before, weights_of(checkpoint)) == expected.get(strategy, everything)
+    assert torch.equal(
+        before["embeddings.word_embeddings.weight"], checkpoint.model.state_dict()["embeddings.word_embeddings.weight"]
+    ), "frozen"
+    assert report.validation[1] == 1.0
+    assert report.steps == (8 if STRATEGIES[strategy].takes_unlabelled else 6)
 
 
-def test_the_last_stage_trains_the_early_heads_alone(
-    checkpoint: Checkpoint, with_unlabelled: TextSplits, monkeypatch: pytest.MonkeyPatch
+def test_alternating_takes_turns(checkpoint: Checkpoint, rows: TrainingRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    honest, seen = train.take_step, []
+
+    def take_step(*arguments: object) -> float:
+        before = weights_of(checkpoint)
+        loss = honest(*arguments)  # type: ignore[arg-type]
+        seen.append(changed(before, weights_of(checkpoint)))
+        return loss
+
+    monkeypatch.setattr(train, "take_step", take_step)
+    train_model(
+        checkpoint, rows, Plan((replace(JOINT, strategy="alternating", epochs=1),), replace(RUN, batch_size=16))
+    )
+    assert seen == [{"heads.0."}, {"heads.1.", "layers.", "embeddings."}, {"heads.0."}]
+
+
+def test_two_stages_are_a_frozen_backbone_and_then_its_heads(checkpoint: Checkpoint, rows: TrainingRows) -> None:
+    plan = Plan((replace(JOINT, strategy="final"), replace(JOINT, strategy="early_heads", epochs=12)), RUN)
+    assert min(train_model(checkpoint, rows, plan).validation) > 0.9
+
+
+def test_the_demo_is_joint_and_then_labels_or_answers(
+    checkpoint: Checkpoint, rows_and_unlabelled: TrainingRows
 ) -> None:
-    before: dict[str, torch.Tensor] = {}
-    honest = train.train_epoch
-
-    def train_epoch(run: train.Run, stage: train.Stage, epoch: int, bar: object) -> tuple[float, int]:
-        if epoch == OPTIONS.epochs:
-            before.update(weights_of(checkpoint))
-        return honest(run, stage, epoch, bar)
-
-    monkeypatch.setattr(train, "train_epoch", train_epoch)
-    report = train_classifier(checkpoint, with_unlabelled, OPTIONS)
-    assert [epoch.steps for epoch in report.epochs] == [6, 6, 6, 6, 8, 8]
-    after = weights_of(checkpoint)
-    changed = {name for name in after if not torch.equal(before[name], after[name])}
-    assert changed == {name for name in after if name.startswith("heads.0.")}
+    plan = demo_plan(epochs=1, distil_epochs=2)
+    report = train_model(checkpoint, rows_and_unlabelled, replace(plan, run=replace(plan.run, batch_size=8)))
+    assert [epoch.steps for epoch in report.epochs] == [6, 8, 8]
+    assert len(demo_plan(distil_epochs=0).stages) == 1
 
 
-def test_without_early_exits_there_is_no_last_stage(encoder_path: Path, with_unlabelled: TextSplits) -> None:
-    static = checkpoint_from_encoder(encoder_path, EncoderConfig(exits=(2,)), with_unlabelled.label_names, 16)
-    assert len(train_classifier(static, with_unlabelled, OPTIONS).epochs) == OPTIONS.epochs
+def test_a_teacher_is_learned_from(checkpoint: Checkpoint, rows: TrainingRows, encoder_path: Path) -> None:
+    teacher = checkpoint_from_encoder(encoder_path, EncoderConfig(exits=(2,)), checkpoint.label_names, 16, seed=3)
+    train_model(teacher, rows, PLAN)
+    assert isinstance(rows.train, TextRows)
+    wrong = replace(rows, train=TextRows(rows.train.ids, 1 - rows.train.targets))
+    taught = replace(JOINT, strategy="final", epochs=6, loss=LossOptions(weights=(0.0, 0.0), teacher_weight=1.0))
+    train_model(checkpoint, wrong, Plan((taught,), RUN), teacher=teacher.model)
+    assert quality_per_exit(checkpoint.model, rows.validation)[1] > 0.75, "labels had no weight, the teacher is right"
+    with pytest.raises(OptionError, match="no teacher"):
+        train_model(checkpoint, rows, Plan((taught,), RUN))
 
 
-def test_an_interrupted_run_refuses_other_data(
-    checkpoint: Checkpoint, splits: TextSplits, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    interrupt_in_epoch(monkeypatch, 1)
-    with pytest.raises(KeyboardInterrupt):
-        train_classifier(checkpoint, splits, OPTIONS, tmp_path / "run")
-    fewer = TextSplits(splits.train[1:], splits.validation, splits.test, splits.label_names)
-    with pytest.raises(DataError, match=r"\[47, 0\], before: \[48, 0\]"):
-        resume_training(tmp_path / "run", fewer)
-    state = load_training_state(tmp_path / "run")
-    del state["optimizer"]
-    save_checkpoint(tmp_path / "run", checkpoint, state)
-    with pytest.raises(DataError, match="does not fit"):
-        resume_training(tmp_path / "run", splits)
+def test_the_schedule_is_followed(checkpoint: Checkpoint, rows: TrainingRows, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[float] = []
+    checkpoint.model.ratio = 0.0  # type: ignore[assignment]
+    checkpoint.model.register_forward_pre_hook(lambda model, _: seen.append(model.ratio))
+    stage = replace(JOINT, epochs=2, anneal={"ratio": (0.0, 0.0, 0.3)})
+    train_model(checkpoint, rows, Plan((stage,), replace(RUN, batch_size=24)))
+    assert seen == pytest.approx([0.0, 0.0, 0.0, 0.0, 0.15, 0.3])  # two steps, one of validation, twice
+    with pytest.raises(OptionError, match="'rate', which EarlyExitEncoder has not"):
+        train_model(checkpoint, rows, Plan((replace(stage, anneal={"rate": (0.0,)}),), RUN))
 
 
-def test_training_leaves_the_random_state_alone(checkpoint: Checkpoint, splits: TextSplits) -> None:
+def test_layers_can_be_dropped(checkpoint: Checkpoint, rows: TrainingRows) -> None:
+    report = train_model(checkpoint, rows, Plan((replace(JOINT, epochs=6, layer_dropout=0.3),), RUN))
+    assert report.validation == (1.0, 1.0)
+    hooks = [layer._forward_hooks for layer in checkpoint.model.layers]  # type: ignore[union-attr]
+    assert not any(hooks)
+
+
+def test_training_leaves_the_random_state_alone(checkpoint: Checkpoint, rows: TrainingRows) -> None:
     before = torch.random.get_rng_state()
-    train_classifier(checkpoint, splits, TrainOptions(epochs=1, batch_size=32))
+    train_model(checkpoint, rows, Plan((Stage(epochs=1),)))
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
-def test_bfloat16_runs_everywhere(checkpoint: Checkpoint, splits: TextSplits) -> None:
-    report = train_classifier(checkpoint, splits, TrainOptions(epochs=1, precision="bfloat16"))
+def test_bfloat16_runs_everywhere(checkpoint: Checkpoint, rows: TrainingRows) -> None:
+    report = train_model(checkpoint, rows, Plan((Stage(epochs=1),), RunOptions(precision="bfloat16")))
     assert report.precision == "bfloat16"
     assert all(tensor.dtype == torch.float32 for tensor in checkpoint.model.state_dict().values())
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "expected"),
-    [
-        ({"avx512_bf16": True}, "bfloat16"),
-        ({"amx_bf16": True}, "bfloat16"),
-        ({"avx2": True}, "float32"),
-        ({}, "float32"),
-    ],
-)
-def test_auto_precision(monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: str) -> None:
-    monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
-    assert train.precision_of_cpu("auto") == expected
-    assert train.precision_of_cpu("float32") == "float32"
-
-
 def test_two_rates_and_no_decay_on_vectors(checkpoint: Checkpoint) -> None:
-    optimizer = optimizer_from_model(checkpoint.model, OPTIONS)
-    train.set_learning_rates(optimizer, OPTIONS, step=0, num_steps=1)
+    optimizer = optimizer_from_model(checkpoint.model, PLAN)
+    train.set_learning_rates(optimizer, JOINT, step=0, num_steps=1)
     names = {id(parameter): name for name, parameter in checkpoint.model.named_parameters()}
     seen = set()
     for group in optimizer.param_groups:
@@ -168,58 +147,38 @@ def test_two_rates_and_no_decay_on_vectors(checkpoint: Checkpoint) -> None:
             name = names[id(parameter)]
             seen.add(name)
             is_vector = name.endswith(".bias") or "LayerNorm" in name
-            assert group["weight_decay"] == (0.0 if is_vector else train.WEIGHT_DECAY)
+            assert group["weight_decay"] == (0.0 if is_vector else WEIGHT_DECAY)
             assert group["part"] == ("head" if name.startswith("heads.") else "encoder")
+            assert group["lr"] == 0.5 * (1e-2 if name.startswith("heads.") else 3e-3), "warming up"
     assert set(names.values()) - seen == {"embeddings.word_embeddings.weight"}
+    thawed = optimizer_from_model(checkpoint.model, replace(PLAN, run=replace(RUN, frozen=())))
+    assert sum(len(group["params"]) for group in thawed.param_groups) == len(names)
 
 
-def test_learning_rate_goes_up_and_down_in_lines() -> None:
-    scales = [learning_rate_scale(step, 10, 0.2) for step in range(10)]
-    assert scales == pytest.approx([1 / 3, 2 / 3, 1, 7 / 8, 6 / 8, 5 / 8, 4 / 8, 3 / 8, 2 / 8, 1 / 8])
-    assert learning_rate_scale(0, 5, 0.0) == 1.0
-    assert 0 < learning_rate_scale(4, 5, 1.0) <= 1.0
-
-
-def test_the_bar_goes_to_stderr(checkpoint: Checkpoint, splits: TextSplits, capsys: pytest.CaptureFixture[str]) -> None:
-    options = TrainOptions(epochs=1, batch_size=32)
-    train_classifier(checkpoint, splits, options)
+def test_the_bar_goes_to_stderr(checkpoint: Checkpoint, rows: TrainingRows, capsys: pytest.CaptureFixture[str]) -> None:
+    plan = Plan((Stage(epochs=1),))
+    train_model(checkpoint, rows, plan)
     assert capsys.readouterr() == ("", "")
-    train_classifier(checkpoint, splits, options, progress=True)
+    train_model(checkpoint, rows, plan, Output(progress=True))
     captured = capsys.readouterr()
     assert captured.out == ""
     assert "epoch 1/1" in captured.err
     assert "loss" in captured.err
 
 
-def test_divergence_is_told(checkpoint: Checkpoint, splits: TextSplits) -> None:
+def test_divergence_is_told(checkpoint: Checkpoint, rows: TrainingRows) -> None:
     with pytest.raises(OptionError, match="lower encoder_lr"):
-        train_classifier(checkpoint, splits, TrainOptions(encoder_lr=1e30, head_lr=1e30, warmup_ratio=0.0))
+        train_model(checkpoint, rows, Plan((Stage(encoder_lr=1e30, head_lr=1e30, warmup_ratio=0.0),)))
 
 
-def test_texts_that_do_not_fit_are_refused(checkpoint: Checkpoint, splits: TextSplits) -> None:
-    other = TextSplits(splits.train, splits.validation, splits.test, ("no", "yes"))
-    with pytest.raises(DataError, match="the model has"):
-        train_classifier(checkpoint, other, OPTIONS)
-    with pytest.raises(DataError, match="got 0 texts to train on"):
-        train_classifier(checkpoint, TextSplits((), splits.validation, (), splits.label_names), OPTIONS)
-    with pytest.raises(OptionError, match="no texts"):
-        accuracy_per_exit(checkpoint, ())
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        {"epochs": 0},
-        {"distil_epochs": -1},
-        {"batch_size": 0},
-        {"encoder_lr": -1.0},
-        {"head_lr": float("nan")},
-        {"early_weight": float("inf")},
-        {"warmup_ratio": 1.5},
-        {"seed": -1},
-        {"precision": "float8"},
-    ],
-)
-def test_options_refuse(wrong: dict[str, object]) -> None:
-    with pytest.raises(OptionError, match=f"{next(iter(wrong))}: got .*expected"):
-        TrainOptions(**wrong)
+def test_rows_that_do_not_fit_are_refused(checkpoint: Checkpoint, rows: TrainingRows) -> None:
+    assert isinstance(rows.train, TextRows)
+    ids = rows.train.ids
+    with pytest.raises(DataError, match="got targets of int64 up to 2, the model answers with 2 numbers"):
+        train_model(checkpoint, replace(rows, train=TextRows(ids, np.full(48, 2))), PLAN)
+    with pytest.raises(DataError, match="got targets of float32"):
+        train_model(checkpoint, replace(rows, train=TextRows(ids, np.zeros(48, np.float32))), PLAN)
+    with pytest.raises(DataError, match="got 0 rows to train on"):
+        train_model(checkpoint, replace(rows, train=TextRows([], np.zeros(0, np.int64))), PLAN)
+    with pytest.raises(OptionError, match="no rows"):
+        quality_per_exit(checkpoint.model, TextRows([], np.zeros(0, np.int64)))

@@ -19,11 +19,11 @@ from offramp.models.data import (
     labels_of,
     load_rotten_tomatoes,
     load_tokenizer,
-    padded,
     texts_of,
     token_ids,
 )
 from offramp.models.encoder import EncoderConfig, encoder_from_pretrained
+from offramp.models.rows import padded
 from offramp.policy import FINAL, Policy
 from offramp.runtime import Result
 from offramp.trace import Trace
