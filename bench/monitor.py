@@ -102,7 +102,7 @@ def new_monitor(rng: np.random.Generator, max_risk: float = 0.02, **options: Any
 def rows_of(
     rng: np.random.Generator, num_rows: int, risk: float, shares: Sequence[float] = SHARES
 ) -> tuple[list[int], list[bool]]:
-    """Where rows leave, and whether full depth disagrees: with probability `risk` over all rows, none of the last exit."""
+    """Where rows leave, and whether full depth disagrees: `risk` of all rows, none of the last exit's."""
     exits = rng.choice(len(shares), num_rows, p=shares)
     is_loss = (exits < FINAL) & (rng.random(num_rows) < risk / (1 - shares[FINAL]))
     return exits.tolist(), is_loss.tolist()
