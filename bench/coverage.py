@@ -123,6 +123,9 @@ def _rejected(cell: Cell, uniform: Array, risks: Array, betting: BettingTest) ->
     going = np.arange(len(uniform))
     allowed = allowed_losses(cell.num_rows, cell.max_risk, cell.delta)
     for j, risk in enumerate(risks):
+        if j and risk == risks[j - 1]:  # the same losses, so the same test
+            is_rejected[going, j] = True
+            continue
         losses = losses_at(cell.kind, uniform[going], risk)
         if cell.kind == "binary":
             passes = losses.sum(axis=1) <= allowed
