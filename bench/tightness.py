@@ -4,7 +4,7 @@ Statistics instead of physics: all tests keep the same promise, so the one that 
 0 and 1 the exact binomial test is compared with Hoeffding-Bentkus and with betting (Waudby-Smith and Ramdas) on the
 same rows, whose risk ascends along the grid: the index reached, averaged over trials. Then whole policies: thresholds
 per exit, learned on a third of the rows and tested on two thirds, against the best certified threshold for all exits,
-which is tested on all rows; on simulated traces of several sizes. `bench/certified.py` does the same on the demo's rows.
+which is tested on all rows; on simulated traces of several sizes. `bench/certified.py` has the demo's rows.
 
 Costs are one per segment, so that what is compared is depth. `--quick` runs fewer trials of fewer cells.
 """

@@ -129,7 +129,7 @@ def certify(trace: Trace, base: Policy, options: CertifyOptions) -> Certified:
     groups = _groups(trace, tested, options)
     positions = {name: _position(work, group, options) for name, group in groups.items()}
     policy = _policy(work, positions, options)
-    certificate = _certificate(trace, policy, work, groups, options)
+    certificate = _certificate(trace, policy, work, groups, positions, options)
     return Certified(policy, certificate, work.path, positions, tested)
 
 
@@ -208,16 +208,22 @@ def _policy(work: _Workings, positions: Mapping[str, int], options: CertifyOptio
 
 
 def _certificate(
-    trace: Trace, policy: Policy, work: _Workings, groups: Mapping[str, _Group], options: CertifyOptions
+    trace: Trace,
+    policy: Policy,
+    work: _Workings,
+    groups: Mapping[str, _Group],
+    positions: Mapping[str, int],
+    options: CertifyOptions,
 ) -> Certificate:
     """What was shown for `policy`, which is replayed as it is."""
     exit_index = replay(policy, trace).exit_index
-    statements = {
-        name: _statement(work.table.rows(group.rows), exit_index[group.rows], group.delta, options)
-        for name, group in groups.items()
-    }
     rows = np.concatenate([group.rows for group in groups.values()])
-    whole = statements.get("") or _statement(work.table.rows(rows), exit_index[rows], options.delta, options)
+    whole = _statement(work.table.rows(rows), exit_index[rows], any(positions.values()), options.delta, options)
+    statements = {
+        name: _statement(work.table.rows(group.rows), exit_index[group.rows], positions[name] > 0, group.delta, options)
+        for name, group in groups.items()
+        if name
+    }
     return Certificate(
         risk=options.risk,
         max_risk=options.max_risk,
@@ -238,27 +244,26 @@ def _certificate(
         class_name=str(options.class_index) if options.class_index != UNKNOWN else "",
         exits=_exit_risks(work.table.rows(rows), exit_index[rows], options.delta),
         rows_missing=whole.rows_missing,
-        sources={name: statement for name, statement in statements.items() if name},
+        sources=statements,
     )
 
 
 def _statement(
-    table: LossTable, exit_index: NDArray[np.int64], delta: float, options: CertifyOptions
+    table: LossTable, exit_index: NDArray[np.int64], is_tested: bool, delta: float, options: CertifyOptions
 ) -> SourceStatement:
-    """What the rows of `table` say when they leave at `exit_index`; full depth has no risk and needs no test."""
+    """What the rows of `table` say when they leave at `exit_index`; full depth has no risk and was not tested."""
     num_exits = table.values.shape[1]
     losses = table.of(exit_index)
-    is_full_depth = bool((exit_index == num_exits - 1).all())
     needed = rows_needed(options.max_risk, delta)
     return SourceStatement(
         confidence=1 - delta,
         num_rows=len(losses),
         losses=_plain(losses, table.is_counted),
-        p_value=0.0 if is_full_depth else _p_value(losses, table.is_counted, delta, options.max_risk),
-        upper_bound=0.0 if is_full_depth else _upper_bound(losses, table.is_counted, delta),
+        p_value=_p_value(losses, table.is_counted, delta, options.max_risk) if is_tested else 0.0,
+        upper_bound=_upper_bound(losses, table.is_counted, delta) if is_tested else 0.0,
         exit_counts=tuple(np.bincount(exit_index, minlength=num_exits).tolist()),
         mean_depth=float(exit_index.mean()) + 1 if len(exit_index) else float(num_exits),
-        rows_missing=max(0, needed - len(losses)) if is_full_depth else 0,
+        rows_missing=0 if is_tested else max(0, needed - len(losses)),
     )
 
 

@@ -213,3 +213,11 @@ def test_the_alternatives_are_what_they_say(score):
         decided = replay(each.policy, trace)
         assert each.mean_depth == pytest.approx(decided.exit_index.mean() + 1)
         assert each.risk == pytest.approx(float((decided.prediction != trace.predictions[:, -1]).mean()))
+
+
+def test_a_policy_under_which_no_tested_row_left_was_tested_all_the_same():
+    base = Policy(veto=Veto(margin=1.0))
+    certificate = certify(easy_trace(300), base, CertifyOptions(max_risk=0.03, per_exit=False)).certificate
+    assert (certificate.mean_depth, certificate.losses, certificate.rows_missing) == (4.0, 0, 0)
+    assert certificate.p_value == pytest.approx(binom.cdf(0, 300, 0.03), rel=1e-9)
+    assert 0 < certificate.upper_bound < 0.03
