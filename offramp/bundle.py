@@ -18,7 +18,7 @@ from typing import Any
 from offramp.errors import BundleError, CorruptError, VersionError
 from offramp.storage import remove_file, write_file
 
-SCHEMA = 2  # 2 added ExitSpec.learned and Manifest.trims
+SCHEMA = 3  # 2 added ExitSpec.learned and Manifest.trims; 3 ExitSpec.retention
 MANIFEST = "manifest.json"
 POLICY = "policy.json"
 CERTIFICATE = "certificate.json"
@@ -27,6 +27,8 @@ PREVIOUS_ROWS = "previous_rows"  # leading dimension of a carried tensor as it c
 INVERSE_TEMPERATURE = "inverse_temperature"
 SCORES = ("max_prob", "margin", "entropy")  # columns of the `scores` output, in order
 LEARNED = "learned"  # the output of an exit that has a learned confidence, and the score of that name
+RETENTION = "retention"  # the output of an exit that tells which share of a row's tokens is left
+ROW_OUTPUTS = (LEARNED, RETENTION)  # what an exit may put out after its scores, in this order: one number per row
 
 Dimension = int | str
 
@@ -91,6 +93,12 @@ class ExitSpec:
     name: str
     num_classes: int
     learned: str = ""  # output of the whole graph with its learned confidence; empty: it has none
+    retention: str = ""  # output of the whole graph with its token retention; empty: it has none
+
+    @property
+    def row_outputs(self) -> dict[str, str]:
+        """Those of ROW_OUTPUTS that it has, in their order, with their names in the whole graph."""
+        return {name: found for name in ROW_OUTPUTS if (found := getattr(self, name))}
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,7 @@ def train(output: Path, resume: bool, as_json: bool, **options: Any) -> None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle directory to write.")
 @click.option("--exits", default="", help="Outputs that are exits, in order of depth: logits_1,logits_2,…")
 @click.option("--learned", default="", help="Outputs with the exits' learned confidences: conf_1,conf_2; - for none.")
+@click.option("--retention", default="", help="Outputs with the share of tokens that is left at the exits, likewise.")
 @click.option("--opset", default=20, show_default=True, help="ONNX opset to capture at.")
 @click.option(
     "--precision",
@@ -86,8 +87,10 @@ def export(model: str, output: Path, exits: str, precision: str, as_json: bool, 
 
     MODEL is a checkpoint directory of `offramp train`, package.module:factory returning (nn.Module, Example), or
     an .onnx file whose outputs named by --exits are the exits and whose inputs have the rows on axis 0. Exits may have
-    a learned confidence, the probability that they are right: a torch model returns it, for an .onnx pass --learned.
+    a learned confidence, the probability that they are right, and a token retention: a torch model returns them, for
+    an .onnx pass --learned and --retention.
     """
+    from offramp.bundle import ROW_OUTPUTS
     from offramp.commands.sources import source_from_argument
     from offramp.export.export_bundle import ExportOptions, check_target, export_bundle
 
@@ -96,9 +99,9 @@ def export(model: str, output: Path, exits: str, precision: str, as_json: bool, 
     steps = steps_on_stderr(not as_json)
     steps("capturing")
     ranges = _dimension_ranges(options["dimension"])
-    learned = names_from_text(options["learned"])
+    row_outputs = {kind: names_from_text(options[kind]) for kind in ROW_OUTPUTS}
     source = source_from_argument(
-        model, names_from_text(exits), options["opset"], options["calibration_data"], ranges, learned
+        model, names_from_text(exits), options["opset"], options["calibration_data"], ranges, row_outputs
     )
     manifest = export_bundle(source, output, lowering, steps)
     from offramp.commands.inspection import describe_bundle

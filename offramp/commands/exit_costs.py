@@ -187,11 +187,11 @@ class _Variants:
         manifest = load_manifest(bundle)
         whole = load_reference(bundle, manifest)
         source = source_from_bundle(bundle, manifest, whole)
-        probed = probed_graph(whole, source.exits, source.inputs, source.dimensions, source.example, source.learned)
+        probed = probed_graph(whole, source.exits, source.inputs, source.dimensions, source.example, source.row_outputs)
 
         def cut_at(kept: Sequence[int]) -> CutModel:
             chosen = with_exits(source, kept)
-            return segments_from_probed(probed, chosen.exits, chosen.learned)
+            return segments_from_probed(probed, chosen.exits, chosen.row_outputs)
 
         segments = [onnx.load_model_from_string(read_file(bundle, s.graphs["fp32"])) for s in manifest.segments]
         is_fused = any(node.op_type == "MultiHeadAttention" for model in segments for node in model.graph.node)

@@ -9,6 +9,7 @@ from typing import Any
 
 from offramp.bundle import Manifest, load_manifest, read_certificate, read_file, read_policy
 from offramp.certificate import Certificate
+from offramp.export.row_outputs import WORDS
 from offramp.plan import check_plan_header, plan_header
 from offramp.policy import Policy
 
@@ -65,8 +66,8 @@ def lines_from_description(description: dict[str, Any]) -> Iterator[str]:
     for precision, dimension in description["trims"].items():
         yield f"  cuts off padding along {dimension} in {precision}"
     for segment, exit_spec in zip(description["segments"], description["exits"], strict=True):
-        learned = f", learned confidence {exit_spec['learned']}" if exit_spec["learned"] else ""
-        yield f"segment {segment['index']} → exit {exit_spec['name']}, {exit_spec['num_classes']} classes{learned}"
+        others = "".join(f", {words.called} {exit_spec[kind]}" for kind, words in WORDS.items() if exit_spec[kind])
+        yield f"segment {segment['index']} → exit {exit_spec['name']}, {exit_spec['num_classes']} classes{others}"
         for tensor in segment["carry_out"]:
             yield f"  carries {tensor['name']} {tensor['dtype']} {_shape(tensor['shape'])}"
         for precision, record in segment["graphs"].items():

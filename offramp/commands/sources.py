@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
 
 from offramp.bundle import DimensionSpec, InputSpec
 from offramp.commands.dataset import ROTTEN_TOMATOES, arrays_from_npz
@@ -27,7 +28,7 @@ def source_from_argument(
     opset: int,
     calibration_data: str,
     dimensions: Mapping[str, DimensionSpec],
-    learned: Sequence[str] = (),
+    row_outputs: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> ModelSource:
     """The model that `model` names: a checkpoint directory, an .onnx file, or package.module:factory.
 
@@ -35,12 +36,13 @@ def source_from_argument(
     """
     path = Path(model)
     if path.suffix == ".onnx":
-        return _from_onnx(path, exits, learned, calibration_data, dimensions)
-    if learned:
-        raise OptionError(
-            f"--learned: got {','.join(learned)} for {model!r}; expected it for an .onnx file only: a torch model "
-            f"returns its learned confidences beside its logits"
-        )
+        return _from_onnx(path, exits, row_outputs, calibration_data, dimensions)
+    for kind, names in row_outputs.items():
+        if names:
+            raise OptionError(
+                f"--{kind}: got {','.join(names)} for {model!r}; expected it for an .onnx file only: a torch model "
+                f"returns its {kind} beside its logits"
+            )
     if path.is_dir():
         return _from_checkpoint(path, exits, opset, calibration_data)
     if ":" in model:
@@ -91,15 +93,15 @@ def _batches(path: Path, arrays: Arrays, inputs: Sequence[InputSpec]) -> tuple[A
 def _from_onnx(
     path: Path,
     exits: Sequence[str],
-    learned: Sequence[str],
+    row_outputs: Mapping[str, Sequence[str]],
     calibration_data: str,
     dimensions: Mapping[str, DimensionSpec],
 ) -> ModelSource:
-    source = source_from_onnx(path, exits, dimensions, {}, learned)
+    source = source_from_onnx(path, exits, dimensions, {}, row_outputs)
     if not calibration_data:
         return source
     batches = batches_from_file(Path(calibration_data), source.inputs)
-    return replace(source_from_onnx(path, exits, dimensions, batches[0], learned), calibration=batches)
+    return replace(source_from_onnx(path, exits, dimensions, batches[0], row_outputs), calibration=batches)
 
 
 def _from_checkpoint(path: Path, exits: Sequence[str], opset: int, calibration_data: str) -> ModelSource:

@@ -7,7 +7,7 @@ what crosses is decided by the minimum cut; nothing here knows any particular mo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 
@@ -20,11 +20,12 @@ from offramp.export.costs import CostModel
 from offramp.export.graph import GraphView, describe_node
 from offramp.export.mincut import CutProblem, minimum_carry
 from offramp.export.probe import Probe, probe_graph
-from offramp.export.segment_graph import SegmentPlan, carry_specs, segment_graph
+from offramp.export.row_outputs import WORDS, RowOutputs
+from offramp.export.segment_graph import LOGITS, SegmentPlan, carry_specs, segment_graph
 from offramp.export.sizes import Arrays
 
 _FLOATS = frozenset({"float16", "float32", "float64"})
-_NONE_LEARNED: Mapping[str, str] = MappingProxyType({})
+_NO_ROW_OUTPUTS: RowOutputs = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -64,16 +65,16 @@ def segments_from_graph(
     inputs: Sequence[InputSpec],
     dimensions: Mapping[str, DimensionSpec],
     example: Arrays,
-    learned: Mapping[str, str] = _NONE_LEARNED,
+    row_outputs: RowOutputs = _NO_ROW_OUTPUTS,
 ) -> CutModel:
     """Cut `model` at `exits`, output names in order of depth; the last one is the final exit.
 
-    `example` maps input names to arrays with rows first; they are cut or repeated to the sizes probed. `learned`
-    maps an exit to the output with its learned confidence, where it has one: part of what this exit needs.
+    `example` maps input names to arrays with rows first; they are cut or repeated to the sizes probed. What
+    `row_outputs` names is part of what these exits need.
     Raises CutError, with the tensor or operator named, when the graph cannot be cut there, and CaptureError when
     a dimension is not dynamic as declared.
     """
-    return segments_from_probed(probed_graph(model, exits, inputs, dimensions, example, learned), exits, learned)
+    return segments_from_probed(probed_graph(model, exits, inputs, dimensions, example, row_outputs), exits, row_outputs)
 
 
 def probed_graph(
@@ -82,23 +83,23 @@ def probed_graph(
     inputs: Sequence[InputSpec],
     dimensions: Mapping[str, DimensionSpec],
     example: Arrays,
-    learned: Mapping[str, str] = _NONE_LEARNED,
+    row_outputs: RowOutputs = _NO_ROW_OUTPUTS,
 ) -> ProbedGraph:
     """`model`, found fit to be cut at `exits` or some of them, and run on `example`. Arguments and errors as above."""
     view = GraphView(inliner.inline_local_functions(model) if model.functions else model)
-    check_graph(view, exits, learned)
+    check_graph(view, exits, row_outputs)
     return ProbedGraph(view, probe_graph(view, inputs, dimensions, example), inputs, dimensions)
 
 
 def segments_from_probed(
-    probed: ProbedGraph, exits: Sequence[str], learned: Mapping[str, str] = _NONE_LEARNED
+    probed: ProbedGraph, exits: Sequence[str], row_outputs: RowOutputs = _NO_ROW_OUTPUTS
 ) -> CutModel:
     """Cut a probed graph at `exits`. Raises CutError."""
     view, probe, inputs = probed.view, probed.probe, probed.inputs
     num_classes = _check_exits(probe, exits)
-    learned = {name: learned[name] for name in exits if name in learned}
-    _check_learned(probe, learned)
-    outputs = [(name, learned[name]) if name in learned else (name,) for name in exits]
+    row_outputs = {name: row_outputs[name] for name in exits if name in row_outputs}
+    _check_row_outputs(probe, row_outputs)
+    outputs = [{LOGITS: name, **row_outputs.get(name, {})} for name in exits]
     plans = _plan_segments(view, probe, outputs, CostModel())
     segments: list[Segment] = []
     before: tuple[str, ...] = ()
@@ -141,22 +142,24 @@ def _check_exits(probe: Probe, exits: Sequence[str]) -> int:
     return classes.popitem()[1]
 
 
-def _check_learned(probe: Probe, learned: Mapping[str, str]) -> None:
-    """Every learned confidence is (rows,) or (rows, 1) floats, row by row."""
-    for exit_name, name in learned.items():
-        facts, shape = probe.tensors[name], probe.shape(name)
-        if facts.dtype not in _FLOATS or shape not in ((ROWS,), (ROWS, 1)) or facts.row_axis != 0:
-            raise CutError(
-                f"learned confidence {name!r} of exit {exit_name!r} is {facts.dtype} of shape "
-                f"({', '.join(map(str, shape))}); expected floating-point probabilities of shape (rows,) or (rows, 1), "
-                f"each of its row alone"
-            )
+def _check_row_outputs(probe: Probe, row_outputs: RowOutputs) -> None:
+    """Every one is (rows,) or (rows, 1) floats, row by row."""
+    for exit_name, found in row_outputs.items():
+        for kind, name in found.items():
+            facts, shape = probe.tensors[name], probe.shape(name)
+            if facts.dtype not in _FLOATS or shape not in ((ROWS,), (ROWS, 1)) or facts.row_axis != 0:
+                raise CutError(
+                    f"{WORDS[kind].called} {name!r} of exit {exit_name!r} is {facts.dtype} of shape "
+                    f"({', '.join(map(str, shape))}); expected floating-point numbers of shape (rows,) or (rows, 1), "
+                    f"each of its row alone"
+                )
 
 
 def _plan_segments(
-    view: GraphView, probe: Probe, exits: Sequence[tuple[str, ...]], costs: CostModel
+    view: GraphView, probe: Probe, exits: Sequence[Mapping[str, str]], costs: CostModel
 ) -> list[SegmentPlan]:
-    """Minimum cuts at all boundaries, with shapes read off what each segment has; `exits` are their outputs.
+    """Minimum cuts at all boundaries, with shapes read off what each segment has; `exits` are their outputs
+    in the whole graph, by their names in a segment.
 
     A Shape operator needs lengths, not data: where its tensor is not at hand, the lengths come from a carried
     tensor of the same law. Where no carried tensor has that law, or the law is not one because values decide the
@@ -180,31 +183,35 @@ def _cut_boundaries(
     view: GraphView,
     problem: CutProblem,
     reads: Sequence[Sequence[str]],
-    exits: Sequence[tuple[str, ...]],
+    exits: Sequence[Mapping[str, str]],
     probe: Probe,
 ) -> list[SegmentPlan]:
     plans: list[SegmentPlan] = []
     before: tuple[str, ...] = ()
     rerun: frozenset[int] = frozenset()
     for index, outputs in enumerate(exits):
-        existing = view.upstream(itertools.chain(*exits[: index + 1]), reads)
+        existing = view.upstream(_names(exits[: index + 1]), reads)
         carried: tuple[str, ...] = ()
         rerun_next: frozenset[int] = frozenset()
         if index + 1 < len(exits):
-            if ready := [name for name in exits[index + 1] if view.producer[name] in existing]:
+            if ready := [name for name in exits[index + 1].values() if view.producer[name] in existing]:
                 raise CutError(
-                    f"exit {ready[0]!r} adds nothing to exit {outputs[0]!r}; list the exits in order of "
+                    f"exit {ready[0]!r} adds nothing to exit {outputs[LOGITS]!r}; list the exits in order of "
                     f"depth, or drop one of them"
                 )
-            later = view.upstream(itertools.chain(*exits[index + 1 :]), reads)
+            later = view.upstream(_names(exits[index + 1 :]), reads)
             carry = minimum_carry(problem, existing, later - existing)
             if carry.forbidden:
-                raise CutError(_explain_forbidden(probe, outputs[0], carry.forbidden))
+                raise CutError(_explain_forbidden(probe, outputs[LOGITS], carry.forbidden))
             carried, rerun_next = carry.tensors, carry.rerun
-        nodes = view.upstream((*outputs, *carried), reads, frozenset(before))
+        nodes = view.upstream((*outputs.values(), *carried), reads, frozenset(before))
         plans.append(SegmentPlan(index, outputs, before, carried, nodes, rerun & nodes))
         before, rerun = carried, rerun_next
     return plans
+
+
+def _names(exits: Sequence[Mapping[str, str]]) -> Iterable[str]:
+    return itertools.chain.from_iterable(outputs.values() for outputs in exits)
 
 
 def _explain_forbidden(probe: Probe, exit_name: str, names: Sequence[str]) -> str:

@@ -102,7 +102,7 @@ def export_bundle(
     check_target(bundle)
     progress("cutting")
     cut = segments_from_graph(
-        source.graph, source.exits, source.inputs, source.dimensions, source.example, source.learned
+        source.graph, source.exits, source.inputs, source.dimensions, source.example, source.row_outputs
     )
     dimensions = _ranges(source, cut)
     batches = source.calibration[:_VERIFIED_BATCHES]
@@ -271,7 +271,7 @@ def _manifest(
 
 
 def _exit_specs(source: ModelSource, cut: CutModel) -> tuple[ExitSpec, ...]:
-    return tuple(ExitSpec(name, cut.num_classes, source.learned.get(name, "")) for name in source.exits)
+    return tuple(ExitSpec(name, cut.num_classes, **source.row_outputs.get(name, {})) for name in source.exits)
 
 
 def _tool_versions() -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from offramp.bundle import INVERSE_TEMPERATURE, LEARNED
+from offramp.bundle import INVERSE_TEMPERATURE
 
 # Rounding gives flat rows an entropy of 1.0000001 (seen); scores promise [0, 1], and a Clip would be one operator more.
 _BELOW_ONE = 1 - 2**-22
@@ -66,22 +66,26 @@ def score_head(num_classes: int, opset: int) -> tuple[list[NodeProto], list[Tens
     return nodes, constants
 
 
-def learned_head(tensor: str, dtype: str) -> tuple[list[NodeProto], list[TensorProto]]:
-    """Nodes and constants from the model's own confidence `tensor` (S,) or (S, 1) to `learned` (S,) in [0, 1]."""
-    constants = [
+def row_output_nodes(kind: str, tensor: str, dtype: str) -> list[NodeProto]:
+    """Nodes from a number per row that the model has, `tensor` (S,) or (S, 1), to the output `kind` (S,) in [0, 1]."""
+    nodes = []
+    if dtype != "float32":
+        wide = f"{PREFIX}{kind}_wide"
+        nodes.append(helper.make_node("Cast", [tensor], [wide], f"{PREFIX}Cast/{kind}", to=TensorProto.FLOAT))
+        tensor = wide
+    rows, limits = f"{PREFIX}{kind}_rows", [f"{PREFIX}zero", f"{PREFIX}one"]
+    nodes.append(helper.make_node("Reshape", [tensor, f"{PREFIX}as_rows"], [rows], f"{PREFIX}Reshape/{kind}"))
+    nodes.append(helper.make_node("Clip", [rows, *limits], [kind], f"{PREFIX}Clip/{kind}"))
+    return nodes
+
+
+def row_output_constants() -> list[TensorProto]:
+    """The constants of `row_output_nodes`, for all of them."""
+    return [
         numpy_helper.from_array(np.array([-1], np.int64), f"{PREFIX}as_rows"),
         numpy_helper.from_array(np.array(0, np.float32), f"{PREFIX}zero"),
         numpy_helper.from_array(np.array(1, np.float32), f"{PREFIX}one"),
     ]
-    nodes = []
-    if dtype != "float32":
-        wide = f"{PREFIX}learned_wide"
-        nodes.append(helper.make_node("Cast", [tensor], [wide], f"{PREFIX}Cast/learned", to=TensorProto.FLOAT))
-        tensor = wide
-    rows, limits = f"{PREFIX}learned_rows", [f"{PREFIX}zero", f"{PREFIX}one"]
-    nodes.append(helper.make_node("Reshape", [tensor, f"{PREFIX}as_rows"], [rows], f"{PREFIX}Reshape/learned"))
-    nodes.append(helper.make_node("Clip", [rows, *limits], [LEARNED], f"{PREFIX}Clip/learned"))
-    return nodes, constants
 
 
 def _halves(pair: str, left: str, right: str, sizes: str, opset: int) -> NodeProto:

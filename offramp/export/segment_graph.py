@@ -10,13 +10,22 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, checker, helper, numpy_helper
 
-from offramp.bundle import INVERSE_TEMPERATURE, LEARNED, PREVIOUS_ROWS, ROWS, Dimension, InputSpec, TensorSpec
+from offramp.bundle import (
+    INVERSE_TEMPERATURE,
+    PREVIOUS_ROWS,
+    ROW_OUTPUTS,
+    ROWS,
+    Dimension,
+    InputSpec,
+    TensorSpec,
+)
 from offramp.errors import CutError
 from offramp.export.graph import GraphView, read_names, rename_tensors, walk_nodes
 from offramp.export.probe import Probe
-from offramp.export.score_head import PREFIX, learned_head, score_head
+from offramp.export.score_head import PREFIX, row_output_constants, row_output_nodes, score_head
 from offramp.export.simplify import simplify_graph
 
+LOGITS = "logits"  # the output of every segment
 _MAX_PROTOBUF_BYTES = 2**31 - 1  # protobuf's limit for one message
 
 Source = tuple[str, int] | int  # an axis of a tensor at hand, or a length that never changes
@@ -27,7 +36,7 @@ class SegmentPlan:
     """What one segment computes: nodes of the whole graph by index, and tensors of it by name."""
 
     index: int
-    outputs: tuple[str, ...]  # of its exit: the logits, and the learned confidence where it has one
+    outputs: Mapping[str, str]  # of its exit: LOGITS and those of ROW_OUTPUTS that it has -> the whole graph's name
     carried_in: tuple[str, ...]
     carried: tuple[str, ...]
     nodes: frozenset[int]
@@ -82,7 +91,7 @@ def segment_graph(
     """
     carry_in = carry_specs(probe, plan.carried_in, "carry_in", PREVIOUS_ROWS)
     carry_out = carry_specs(probe, plan.carried, "carry_out", ROWS)
-    outputs = {"logits": plan.outputs[0]}
+    outputs = {LOGITS: plan.outputs[LOGITS]}
     outputs |= {spec.name: name for spec, name in zip(carry_out, plan.carried, strict=True)}
     names = _names(view, probe, plan, outputs)
     head_nodes, head_constants = _head(probe, plan, names, num_classes, view.opset)
@@ -107,7 +116,7 @@ def segment_graph(
         input=[*_input_values(plan, inputs, carry_in), _value(INVERSE_TEMPERATURE, "float32", ())],
         output=[
             *(_value(spec.name, spec.dtype, spec.shape) for spec in carry_out),
-            *_answer_values(num_classes, has_learned=len(plan.outputs) > 1),
+            *_answer_values(num_classes, _row_outputs(plan)),
         ],
         value_info=_inner_values(view, probe, nodes, names, set(outputs)),
     )
@@ -120,17 +129,22 @@ def _head(
 ) -> tuple[list[NodeProto], list[TensorProto]]:
     """What turns the exit's own outputs into those of the contract."""
     nodes, constants = score_head(num_classes, opset)
-    for tensor in plan.outputs[1:]:
-        more_nodes, more_constants = learned_head(names.get(tensor, tensor), probe.tensors[tensor].dtype)
-        nodes, constants = nodes + more_nodes, constants + more_constants
-    return nodes, constants
+    for kind in _row_outputs(plan):
+        tensor = plan.outputs[kind]
+        nodes += row_output_nodes(kind, names.get(tensor, tensor), probe.tensors[tensor].dtype)
+    return nodes, constants + (row_output_constants() if _row_outputs(plan) else [])
+
+
+def _row_outputs(plan: SegmentPlan) -> list[str]:
+    """Those of ROW_OUTPUTS that its exit has, in their order."""
+    return [kind for kind in ROW_OUTPUTS if kind in plan.outputs]
 
 
 def _names(view: GraphView, probe: Probe, plan: SegmentPlan, outputs: Mapping[str, str]) -> dict[str, str]:
     """New names for tensors of the whole graph: those that the contract asks for, and others that are in its way."""
     carries = {f"carry_{way}_{position}" for way in ("in", "out") for position in range(len(view.producer))}
-    reserved = {"logits", "prediction", "scores", ROWS, INVERSE_TEMPERATURE, *(carries & view.names)}
-    reserved |= {LEARNED} if len(plan.outputs) > 1 else set()
+    reserved = {LOGITS, "prediction", "scores", ROWS, INVERSE_TEMPERATURE, *(carries & view.names)}
+    reserved |= set(_row_outputs(plan))
     if taken := reserved.intersection(view.input_names):
         raise CutError(f"model input {', '.join(sorted(taken))}: offramp uses this name itself; rename the input")
     names = {}
@@ -179,7 +193,7 @@ def _output_node(probe: Probe, name: str, names: Mapping[str, str], output: str)
 def _output_operator(probe: Probe, name: str, output: str) -> str:
     """What has to be done to a tensor to become an output of the contract; empty when nothing has."""
     facts = probe.tensors[name]
-    if output == "logits":
+    if output == LOGITS:
         return "" if facts.dtype == "float32" else "Cast"
     return "Transpose" if facts.row_axis else ""
 
@@ -238,13 +252,13 @@ def _input_values(
     return [_value(ROWS, "int64", (ROWS,)), *carried]
 
 
-def _answer_values(num_classes: int, has_learned: bool) -> list[ValueInfoProto]:
-    values = [
-        _value("logits", "float32", (ROWS, num_classes)),
+def _answer_values(num_classes: int, row_outputs: Sequence[str]) -> list[ValueInfoProto]:
+    return [
+        _value(LOGITS, "float32", (ROWS, num_classes)),
         _value("prediction", "int64", (ROWS,)),
         _value("scores", "float32", (ROWS, 3)),
+        *(_value(kind, "float32", (ROWS,)) for kind in row_outputs),
     ]
-    return [*values, _value(LEARNED, "float32", (ROWS,))] if has_learned else values
 
 
 def _inner_values(
