@@ -57,6 +57,7 @@ _COMMANDS = (
     export,
     build_engine,
     trace,
+    diagnose,
     place,
     calibrate,
     run,

@@ -107,6 +107,25 @@ def test_trace_says_what_it_recorded(bundle: Path, data: Path, tmp_path: Path, m
     assert load_trace(tmp_path / "t.npz").sha256 in shown.stdout
 
 
+def test_diagnose_reads_the_trace(bundle: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traces, "_COST_SECONDS", 0.0)
+    assert "run `offramp trace" in offramp("diagnose", bundle).stderr
+    document = answer_of("trace", bundle, "--data", data, "--json")
+    found = answer_of("diagnose", bundle, "--json")
+    assert (found["num_rows"], found["num_labelled"], len(found["exits"])) == (40, 40, 3)
+    assert found == answer_of("diagnose", bundle, "--trace", document["path"], "--json")
+    shown = offramp("diagnose", bundle).stdout
+    assert "exit 2: accuracy" in shown
+    assert "overthinking: wasteful" in shown
+    unlabelled = tmp_path / "unlabelled.npz"
+    with np.load(data) as arrays:
+        np.savez(unlabelled, features=arrays["features"])
+    answer_of("trace", bundle, "--data", unlabelled, "--json")
+    shown = offramp("diagnose", bundle).stdout
+    assert "40 rows, 0 with a label" in shown
+    assert "accuracy" not in shown
+
+
 def test_without_the_whole_graph_the_uncut_model_is_not_timed(
     bundle: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
