@@ -74,7 +74,8 @@ def segments_from_graph(
     Raises CutError, with the tensor or operator named, when the graph cannot be cut there, and CaptureError when
     a dimension is not dynamic as declared.
     """
-    return segments_from_probed(probed_graph(model, exits, inputs, dimensions, example, row_outputs), exits, row_outputs)
+    probed = probed_graph(model, exits, inputs, dimensions, example, row_outputs)
+    return segments_from_probed(probed, exits, row_outputs)
 
 
 def probed_graph(
