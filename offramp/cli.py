@@ -13,6 +13,7 @@ from offramp.command_line.making import build_engine, export, train
 from offramp.command_line.placing import place
 from offramp.command_line.tracing import diagnose, trace
 from offramp.command_line.tuning import calibrate
+from offramp.command_line.watching import monitor
 from offramp.errors import BuildError, DataError, InputError, OfframpError, OptionError
 
 _USAGE_ERRORS = (OptionError, InputError, DataError)
@@ -62,6 +63,7 @@ _COMMANDS = (
     calibrate,
     run,
     bench,
+    monitor,
     inspect,
     verify,
     report,

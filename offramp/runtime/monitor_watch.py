@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from offramp.policy import Decision, ExitOutput, Policy, PolicyState, score_values
 
 if TYPE_CHECKING:
+    from offramp.runtime.engine import SegmentOutput
     from offramp.runtime.monitor import Monitor
     from offramp.runtime.monitor_states import Stream
     from offramp.runtime.runner import Result
@@ -126,6 +127,15 @@ def held(
             leaves[here] = kept
         first = end
     return leaves
+
+
+def note_retention(watches: Sequence[Watch | None], out: SegmentOutput) -> None:
+    """The shares of tokens that S rows of `watches` kept, where the model prunes tokens and says so."""
+    kept = getattr(out, "retention", None)
+    if kept is not None:
+        for watch, share in zip(watches, kept.tolist(), strict=True):
+            if watch is not None:
+                watch.retention = [*watch.retention, share]
 
 
 def num_vetoed(policy: Policy, exit_index: int, out: ExitOutput, leaves: NDArray[np.bool_]) -> int:
