@@ -20,6 +20,7 @@ SCRIPTS = {
     "coverage": ["--quick"],
     "cut_costs": ["--quick"],
     "int8": ["--quick"],
+    "placement": ["--quick"],
     "pool": ["--quick"],
     "ideal": ["--quick"],
     "monitor": ["--quick"],
