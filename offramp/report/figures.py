@@ -5,6 +5,7 @@ Nothing is drawn per row: a trace of a million rows gives a page of the same siz
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from itertools import pairwise
 from typing import TYPE_CHECKING
@@ -168,6 +169,7 @@ def waterfall(found: Waterfall) -> Drawing:
         axes = figure.subplots()
         level = 0.0
         top = max(step.ms for step in found.steps if step.kind == "level")
+        digits = max(0, 2 - math.floor(math.log10(top)))
         for row, step in enumerate(found.steps):
             if step.kind == "level":
                 axes.barh(row, step.ms, color=SOFT, height=0.62)
@@ -177,11 +179,12 @@ def waterfall(found: Waterfall) -> Drawing:
                 axes.barh(row, step.ms, left=level, color=ACCENT if step.ms <= 0 else WARN, height=0.62)
             if row + 1 < len(found.steps):
                 axes.plot([end, end], [row - 0.31, row + 1.31], color=MUTED, lw=0.8)
-            text = f"{step.ms:.2f}" if step.kind == "level" else f"{step.ms:+.2f}".replace("-", "−")
+            text = f"{step.ms:.{digits}f}" if step.kind == "level" else f"{step.ms:+.{digits}f}".replace("-", "−")
+            text = "0" if round(step.ms, digits) == 0 else text
             right = max(level, end) + 0.012 * top
             axes.text(right, row, text, va="center", color=INK)
             level = end
-        axes.set_yticks(range(len(found.steps)), [_short(step.name, 22) for step in found.steps])
+        axes.set_yticks(range(len(found.steps)), [_short(step.name, 26) for step in found.steps])
         axes.tick_params(axis="y", labelcolor=INK)
         axes.invert_yaxis()
         axes.grid(False, axis="y")
@@ -283,6 +286,8 @@ def confusion(found: Confusion) -> Drawing | None:
     if len(found.names) > _MOST_CLASSES:
         return None
     names = [_short(name, _LONGEST_NAME if len(found.names) <= 6 else 6) for name in found.names]
+    if len(set(names)) < len(names):
+        names = [str(c) for c in range(len(names))]  # cut short they look the same
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -400,7 +405,7 @@ def _key(axes: Axes, entries: list[tuple[str, str, str]]) -> None:
         )
         for text, colour, mark in entries
     ]
-    axes.legend(handles=handles, loc="upper left", frameon=False, labelcolor=INK, fontsize=9.5, handlelength=1.2)
+    axes.legend(handles=handles, loc="best", frameon=False, labelcolor=INK, fontsize=9.5, handlelength=1.2)
 
 
 def _short(text: str, most: int) -> str:

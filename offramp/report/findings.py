@@ -101,11 +101,21 @@ class Step:
 
 
 @dataclass(frozen=True)
+class DroppedExit:
+    """An exit that a placement left out."""
+
+    exit_index: int
+    with_it_ms: float | None  # per row, had it been kept; None: no threshold was within the risk
+
+
+@dataclass(frozen=True)
 class Waterfall:
     """From full depth to the policy: what each exit saves and costs."""
 
     steps: tuple[Step, ...]
-    source: Literal["trace", "placement"]
+    source: Literal["trace", "placement"]  # a placement counts exits as the bundle before it did
+    dropped: tuple[DroppedExit, ...] = ()
+    worst_case: float | None = None  # full depth ÷ uncut model, of a placement
 
 
 @dataclass(frozen=True)

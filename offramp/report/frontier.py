@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from offramp.bundle import LEARNED
 from offramp.errors import DataError
 from offramp.policy import Policy
-from offramp.report.findings import Alternative, Kind, Step, Waterfall
+from offramp.report.findings import Alternative, DroppedExit, Kind, Step, Waterfall
 from offramp.trace import UNKNOWN, Trace
 from offramp.tuning.replay import (
     Replay,
@@ -87,6 +87,31 @@ def waterfall_from_shares(trace: Trace, decided: Replay) -> Waterfall:
     steps = [Step("full depth", float(costs[-1]), "level")]
     steps += [Step(f"leaving at exit {k}", -float(savings[k]), "saving") for k in range(trace.num_exits - 1)]
     return Waterfall((*steps, Step("this policy", expected_cost_ms(decided.exit_index, trace), "level")), "trace")
+
+
+def waterfall_from_placement(document: Any) -> Waterfall:
+    """What `offramp place` found, as it wrote it in reports/placement.json. Raises DataError for anything else."""
+    try:
+        steps = [
+            Step("uncut model", float(document["costs"]["uncut_ms"]), "level"),
+            Step("one segment, no early exit", float(document["no_exits_ms"]), "level"),
+        ]
+        for exit_ in document["exits"]:
+            if exit_["is_kept"]:
+                steps.append(Step(f"exit {exit_['exit_index']} costs", float(exit_["costs_ms"]), "cost"))
+                steps.append(Step(f"exit {exit_['exit_index']} saves", -float(exit_["saves_ms"]), "saving"))
+        dropped = tuple(
+            DroppedExit(int(exit_["exit_index"]), None if exit_["toggled_ms"] is None else float(exit_["toggled_ms"]))
+            for exit_ in document["exits"]
+            if not exit_["is_kept"]
+        )
+        steps.append(Step("as placed", float(document["expected_ms"]), "level"))
+        return Waterfall(tuple(steps), "placement", dropped, float(document["worst_case"]))
+    except (KeyError, TypeError, ValueError) as exc:
+        raise DataError(
+            f"report: the placement does not look like one ({exc!r}); expected what `offramp place BUNDLE -o PLACED` "
+            f"writes as reports/placement.json"
+        ) from exc
 
 
 def saved_ms(trace: Trace, exit_index: NDArray[np.int64]) -> NDArray[np.float64]:

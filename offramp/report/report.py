@@ -49,7 +49,11 @@ def findings_from_evidence(evidence: Evidence) -> Findings:
         subject=_subject(evidence, names),
         alternatives=(*frontier.alternatives(trace, policy, decided), *measured),
         exits=quality.exit_findings(trace, policy, decided, evidence.manifest),
-        waterfall=frontier.waterfall_from_shares(trace, decided),
+        waterfall=(
+            frontier.waterfall_from_shares(trace, decided)
+            if evidence.placement is None
+            else frontier.waterfall_from_placement(evidence.placement)
+        ),
         exit_agreement=quality.exit_agreement(trace),
         confusion=quality.class_confusion(trace, decided, names),
         overthinking=quality.overthinking(trace),

@@ -137,21 +137,28 @@ def _survivors(found: Findings) -> Section:
 
 
 def _waterfall(found: Findings) -> Section:
-    rows = tuple(
-        (step.name, f"{step.ms:+.4f}" if step.kind != "level" else f"{step.ms:.4f}") for step in found.waterfall.steps
-    )
-    source = (
-        "From the segment times of the trace; what heads and hand-overs cost is inside the segments."
-        if found.waterfall.source == "trace"
-        else "From the placement."
-    )
+    waterfall = found.waterfall
+    rows = [(step.name, f"{step.ms:.4f}" if step.kind == "level" else f"{step.ms:+.4f}") for step in waterfall.steps]
+    rows += [
+        (f"exit {dropped.exit_index} dropped; with it", number(dropped.with_it_ms, 4)) for dropped in waterfall.dropped
+    ]
+    caption = f"Time per row in ms, averaged over {count(found.subject.num_rows)} rows. "
+    if waterfall.source == "trace":
+        caption += "From the segment times of the trace; what heads and hand-overs cost is inside the segments."
+    else:
+        names = ", ".join(str(dropped.exit_index) for dropped in waterfall.dropped) or "none"
+        caption = (
+            "Time per row in ms, on average over the rows that the placement was chosen on. Exits are counted "
+            "as before it; "
+            f"dropped: {names}. Full depth takes {number(waterfall.worst_case, 3)} of the uncut model's time."
+        )
     return Section(
         "waterfall",
         "What each exit saves and costs",
         words.waterfall_reading(found),
-        (figures.waterfall(found.waterfall),),
-        caption=f"Time per row in ms, averaged over {count(found.subject.num_rows)} rows. {source}",
-        table=Table(("step", "ms per row"), rows),
+        (figures.waterfall(waterfall),),
+        caption=caption,
+        table=Table(("step", "ms per row"), tuple(rows)),
         is_wide=True,
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from offramp.binomial import rows_needed
 from offramp.policy import Policy
 from offramp.report.findings import Alternative, Confusion, ExitFinding, Findings, Overthinking, RetentionBin, RiskPath
 
@@ -105,8 +106,11 @@ def waterfall_reading(found: Findings) -> str:
     if not savings:
         return "No exit saves anything under this policy."
     best = min(savings, key=lambda step: step.ms)
-    levels = [step.ms for step in found.waterfall.steps if step.kind == "level"]
-    part = best.ms / (levels[-1] - levels[0]) if levels[-1] != levels[0] else 0.0
+    if found.waterfall.source == "placement":
+        costs = sum(step.ms for step in found.waterfall.steps if step.kind == "cost")
+        saved = -sum(step.ms for step in savings)
+        return f"The exits kept save {ms(saved)} per row and cost {ms(costs)}; {best.name} most, {ms(-best.ms)}."
+    part = best.ms / sum(step.ms for step in savings)
     return f"{best.name.capitalize()} saves the most: {ms(-best.ms)} per row, {share(part, 0)} of all that is saved."
 
 
@@ -121,11 +125,11 @@ def reliability_reading(exits: tuple[ExitFinding, ...]) -> str:
 
 def risk_reading(path: RiskPath) -> str:
     passed = [point for point in path.points if point.certified]
+    num_rows, needed = path.points[0].num_rows, rows_needed(path.max_risk, 1 - path.confidence)
+    if num_rows < needed:
+        return f"Nothing can be shown yet: {count(num_rows)} rows are fewer than the {count(needed)} needed at least."
     if not passed:
-        return (
-            f"No threshold passes a bound of {share(path.max_risk)}: the first one already has too few "
-            "rows, or too many losses."
-        )
+        return f"Even the strictest threshold changes too many answers for a bound of {share(path.max_risk)}."
     last, first = passed[-1], path.points[0]
     return (
         f"One threshold for all exits would be certified down to {last.threshold:.4f}: {last.mean_depth:.2f} "

@@ -108,6 +108,34 @@ def test_waterfall_adds_up() -> None:
     assert [step.kind for step in steps] == ["level", "saving", "saving", "saving", "level"]
 
 
+PLACEMENT = {
+    "costs": {"uncut_ms": 7.5},
+    "no_exits_ms": 7.6,
+    "expected_ms": 4.0,
+    "worst_case": 1.03,
+    "exits": [
+        {"exit_index": 0, "is_kept": True, "saves_ms": 3.0, "costs_ms": 0.1, "toggled_ms": 6.9},
+        {"exit_index": 1, "is_kept": False, "saves_ms": 0.2, "costs_ms": 0.3, "toggled_ms": 4.1},
+        {"exit_index": 2, "is_kept": False, "saves_ms": 0.0, "costs_ms": 0.0, "toggled_ms": None},
+        {"exit_index": 3, "is_kept": True, "saves_ms": 0.8, "costs_ms": 0.1, "toggled_ms": 4.7},
+    ],
+}
+
+
+def test_waterfall_of_a_placement() -> None:
+    said = found(placement=PLACEMENT).waterfall
+    assert said.source == "placement"
+    assert [(step.name, step.kind) for step in said.steps[2:4]] == [
+        ("exit 0 costs", "cost"),
+        ("exit 0 saves", "saving"),
+    ]
+    assert said.steps[1].ms + sum(step.ms for step in said.steps[2:-1]) == pytest.approx(said.steps[-1].ms)
+    assert [(dropped.exit_index, dropped.with_it_ms) for dropped in said.dropped] == [(1, 4.1), (2, None)]
+    for wrong in ({}, [], {**PLACEMENT, "exits": 3}):
+        with pytest.raises(DataError, match="offramp place"):
+            found(placement=wrong)
+
+
 def test_risk_path_is_the_fixed_sequence() -> None:
     trace = small_trace(num_rows=800)
     path = findings_from_evidence(evidence(trace)).risk_path
