@@ -1,6 +1,6 @@
 """Takes the pictures of the README: the demo's report in light, in dark and on a phone.
 
-Needs chromium, and demo/bundle (`make demo`) with its trace. Run `.venv/bin/python docs/pictures/take.py` from the root.
+Needs chromium, and demo/bundle (`make demo`) with its trace; run it from the root of the repository.
 Pictures have 128 colours, so that each stays small; text and flat figures lose nothing by it.
 """
 
