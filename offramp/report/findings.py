@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["chosen", "full depth", "uncut", "exit alone", "fixed 0.9", "sweep", "measured"]
+Kind = Literal["chosen", "full depth", "uncut", "exit alone", "fixed 0.9", "tuned", "sweep", "measured"]
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,7 @@ class Alternative:
     accuracy: float | None
     agreement: float | None  # share of the rows answered as full depth answers; None where only a clock was read
     mean_depth: float | None  # in segments; None for a model that has none
+    known: str = ""  # of a way to choose thresholds: what it says about the risk on other rows
 
 
 @dataclass(frozen=True)
@@ -120,26 +121,28 @@ class Waterfall:
 
 @dataclass(frozen=True)
 class RiskPoint:
-    """One policy of a path from full depth to ever earlier exits, tested on the rows of the trace."""
+    """One policy of a path from full depth to ever earlier exits, on the rows that test it."""
 
-    threshold: float
     ms: float
     mean_depth: float
-    losses: int
-    num_rows: int
-    upper_bound: float  # of the risk, at the path's confidence
+    losses: float  # a count, or a sum for risks that are not counted
+    upper_bound: float  # of the risk, at the path's confidence, had this policy been the only one tested
     certified: bool  # it and every policy before it passed the test
 
 
 @dataclass(frozen=True)
 class RiskPath:
-    """The fixed-sequence test along one threshold for all exits."""
+    """The sequence along which thresholds are certified; some of its points, with the last that passed."""
 
+    risk: str
     max_risk: float
     confidence: float
-    risk: str
-    score: str
-    points: tuple[RiskPoint, ...]  # strictest first
+    num_rows: int  # tested, those that count for the risk
+    num_learned: int  # rows that the path was learned on, and that had no part in the test
+    is_of_certificate: (
+        bool  # the very test behind the bundle's certificate; else one made here to show what these rows can
+    )
+    points: tuple[RiskPoint, ...]  # from full depth on
 
 
 @dataclass(frozen=True)
@@ -148,6 +151,16 @@ class SourceFinding:
 
     source: str
     statement: str
+
+
+@dataclass(frozen=True)
+class CertifiedExit:
+    """One exit among the rows that tested a certificate."""
+
+    exit_index: int
+    num_rows: int  # that left here
+    losses: float
+    upper_bound: float | None  # of the risk among them, for all exits together; None where the risk has no exact one
 
 
 @dataclass(frozen=True)
@@ -160,6 +173,7 @@ class CertificateFinding:
     conditions: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()  # what it does not say
     command: str = ""  # what makes one, where there is none
+    exits: tuple[CertifiedExit, ...] = ()
     sources: tuple[SourceFinding, ...] = ()
 
 

@@ -74,6 +74,7 @@ def _frontier(found: Findings) -> Section:
             share(point.accuracy, 2),
             share(point.agreement, 2),
             number(point.mean_depth, 2),
+            point.known or "–",
         )
         for point in found.alternatives
     )
@@ -92,7 +93,18 @@ def _frontier(found: Findings) -> Section:
         "times of its "
         f"segments for one row ({where}), not a measurement end to end: for that, run offramp bench.",
         brief=Table(("", "per row", "accuracy" if found.chosen.accuracy is not None else "same answer"), brief),
-        table=Table(("alternative", "ms per row", "against full depth", "accuracy", "same answer", "mean depth"), rows),
+        table=Table(
+            (
+                "alternative",
+                "ms per row",
+                "against full depth",
+                "accuracy",
+                "same answer",
+                "mean depth",
+                "known about other rows",
+            ),
+            rows,
+        ),
         is_wide=True,
     )
 
@@ -167,27 +179,33 @@ def _risk_path(found: Findings) -> Section:
     path = found.risk_path
     rows = tuple(
         (
-            f"{point.threshold:.6f}",
             f"{point.mean_depth:.3f}",
             f"{point.ms:.3f}",
-            count(point.losses),
+            f"{point.losses:g}",
             share(point.upper_bound, 2),
             "yes" if point.certified else "no",
         )
         for point in path.points
     )
+    learned = (
+        (f"thresholds per exit, learned on {count(path.num_learned)} other rows") if path.num_learned else "thresholds"
+    )
+    origin = (
+        "This is the test behind the certificate."
+        if path.is_of_certificate
+        else "Made for this page, to show what these rows can support; not the bundle's certificate."
+    )
     return Section(
         "risk-path",
-        "How far thresholds may go",
+        "How far leaving early may go",
         words.risk_reading(path),
         (figures.risk_path(path, found.chosen),),
-        caption=f"Share of {count(found.subject.num_rows)} rows answered differently from full depth, in %: "
-        "seen (dots), and its "
-        f"exact binomial upper bound at {share(path.confidence, 0)} confidence (line). One {path.score} "
-        "threshold for all exits, "
-        f"tested from strict to loose until one fails; shaded: passed. A picture of what these rows can show, not the "
-        "certificate.",
-        table=Table(("threshold", "mean depth", "ms per row", "changed", "upper bound", "certified"), rows),
+        caption=f"On {count(path.num_rows)} rows: the risk seen (dots), and its upper bound at "
+        f"{share(path.confidence, 0)} "
+        f"confidence (line), along a sequence of {learned}. It is walked from full depth on until a test "
+        "fails; shaded: "
+        f"passed. {origin}",
+        table=Table(("mean depth", "ms per row", "losses", "upper bound", "certified"), rows),
         is_wide=True,
     )
 

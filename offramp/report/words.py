@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from offramp.binomial import rows_needed
 from offramp.policy import Policy
-from offramp.report.findings import Alternative, Confusion, ExitFinding, Findings, Overthinking, RetentionBin, RiskPath
+from offramp.report.findings import Confusion, ExitFinding, Findings, Overthinking, RetentionBin, RiskPath
 
 
 def share(value: float | None, decimals: int = 1) -> str:
@@ -124,18 +124,30 @@ def reliability_reading(exits: tuple[ExitFinding, ...]) -> str:
 
 
 def risk_reading(path: RiskPath) -> str:
-    passed = [point for point in path.points if point.certified]
-    num_rows, needed = path.points[0].num_rows, rows_needed(path.max_risk, 1 - path.confidence)
-    if num_rows < needed:
-        return f"Nothing can be shown yet: {count(num_rows)} rows are fewer than the {count(needed)} needed at least."
-    if not passed:
-        return f"Even the strictest threshold changes too many answers for a bound of {share(path.max_risk)}."
-    last, first = passed[-1], path.points[0]
+    needed = rows_needed(path.max_risk, 1 - path.confidence)
+    if path.num_rows < needed:
+        return (
+            f"Nothing can be shown yet: {count(path.num_rows)} rows are fewer than the {count(needed)} needed at least."
+        )
+    last = [point for point in path.points if point.certified][-1]
+    if last.mean_depth == path.points[0].mean_depth:
+        return f"Not even the first step away from full depth stays within {share(path.max_risk)} for sure."
+    verb = "was" if path.is_of_certificate else "would be"
     return (
-        f"One threshold for all exits would be certified down to {last.threshold:.4f}: {last.mean_depth:.2f} "
-        "segments per "
-        f"row instead of {first.mean_depth:.2f} for the strictest one."
+        f"Leaving early {verb} certified down to {last.mean_depth:.2f} of {path.points[0].mean_depth:.0f} "
+        "segments per row; "
+        f"beyond, the bound crosses the {share(path.max_risk)} that are allowed."
     )
+
+
+RISK_AXES = {
+    "consistency": "rows answered differently from full depth, %",
+    "accuracy_gap": "rows wrong where full depth is right, %",
+    "accuracy_gap_signed": "accuracy lost, points",
+    "missed_detection": "rows of the class that are missed, %",
+    "hellinger": "mean Hellinger distance × 100",
+    "brier": "mean Brier score lost × 100",
+}
 
 
 def agreement_reading(exits: tuple[ExitFinding, ...]) -> str:
@@ -181,15 +193,3 @@ def retention_reading(bins: tuple[RetentionBin, ...]) -> str:
 
 def exit_name(found: ExitFinding, exits: tuple[ExitFinding, ...]) -> str:
     return "the final exit" if found.exit_index == len(exits) - 1 else f"exit {found.exit_index}"
-
-
-def best_alternative(found: Findings) -> Alternative | None:
-    """The fastest point of the sweep that is at least as accurate as the policy; None when there is none."""
-    chosen = found.chosen
-    rivals = [
-        point
-        for point in found.alternatives
-        if point.kind == "sweep"
-        and (point.accuracy or point.agreement or 0) >= (chosen.accuracy or chosen.agreement or 0)
-    ]
-    return min(rivals, key=lambda point: point.ms, default=None)
