@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING
 
 from offramp.report.findings import (
     Alternative,
-    Bin,
     Confusion,
     ExitFinding,
     Findings,
@@ -21,6 +20,7 @@ from offramp.report.findings import (
 from offramp.report.naming import name_points
 from offramp.report.svg import ACCENT, CARD, INFO, INK, MUTED, SOFT, WARN, Drawing, drawing, printable
 from offramp.report.words import RISK_AXES, share
+from offramp.tuning.diagnostics import Quality, ReliabilityBin
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -143,7 +143,7 @@ def waterfall(found: Waterfall) -> Drawing:
     )
 
 
-def reliability(found: ExitFinding, title: str) -> Drawing:
+def reliability(exit_index: int, found: Quality, title: str) -> Drawing:
     """Accuracy over confidence at one exit; the area of a dot is its share of the rows."""
     total = sum(point.num_rows for point in found.reliability)
 
@@ -162,11 +162,11 @@ def reliability(found: ExitFinding, title: str) -> Drawing:
         axes.set_xlabel("confidence")
         _title_axis(axes, "accuracy")
 
-    name = f"reliability-{found.exit_index}"
+    name = f"reliability-{exit_index}"
     return drawing(name, (SMALL, SMALL), f"Reliability diagram of {title}: accuracy over confidence", draw)
 
 
-def _is_off(point: Bin) -> bool:
+def _is_off(point: ReliabilityBin) -> bool:
     """More than two standard errors away from its confidence."""
     error = (max(point.confidence * (1 - point.confidence), 1e-4) / point.num_rows) ** 0.5
     return bool(abs(point.accuracy - point.confidence) > 2 * error)

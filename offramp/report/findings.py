@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from offramp.tuning.diagnostics import Overthinking, Quality
+
 Kind = Literal["chosen", "full depth", "uncut", "exit alone", "fixed 0.9", "tuned", "sweep", "measured"]
 
 
@@ -50,15 +52,6 @@ class Alternative:
 
 
 @dataclass(frozen=True)
-class Bin:
-    """One bin of a reliability diagram."""
-
-    confidence: float  # mean over its rows
-    accuracy: float
-    num_rows: int
-
-
-@dataclass(frozen=True)
 class ExitFinding:
     """One exit on the trace. What needs labels, or rows that leave here, is None without them."""
 
@@ -75,21 +68,9 @@ class ExitFinding:
     accuracy: float | None  # over all rows, had they all left here
     accuracy_leaving: float | None  # over the rows that do
     ece_unscaled: float | None  # calibration error at temperature 1
-    ece: float | None  # at `temperature`
-    auroc: float | None  # of telling its wrong answers from its right ones by confidence
+    quality: Quality | None  # at `temperature`
     lost_later: int | None  # rows right here that the final exit gets wrong
     won_later: int | None  # rows wrong here that the final exit gets right
-    reliability: tuple[Bin, ...]  # at `temperature`; empty without labels
-
-
-@dataclass(frozen=True)
-class Overthinking:
-    """Rows with a label that some earlier exit had right and the final exit gets wrong, and the other way round."""
-
-    num_rows: int
-    destroyed: int  # some earlier exit right, the final one wrong
-    needed: int  # every earlier exit wrong, the final one right
-    wasted: int  # the first exit right already, and the final one too
 
 
 @dataclass(frozen=True)

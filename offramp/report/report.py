@@ -18,6 +18,7 @@ from offramp.report.sections import example_lists, sections, tiles
 from offramp.report.svg import printable
 from offramp.report.words import count, headline, policy_text, share
 from offramp.trace import UNKNOWN, Trace
+from offramp.tuning.diagnostics import exit_agreement
 from offramp.tuning.replay import replay
 
 
@@ -53,9 +54,9 @@ def findings_from_evidence(evidence: Evidence) -> Findings:
             if evidence.placement is None
             else frontier.waterfall_from_placement(evidence.placement)
         ),
-        exit_agreement=quality.exit_agreement(trace),
+        exit_agreement=tuple(map(tuple, exit_agreement(trace.predictions).tolist())),
         confusion=quality.class_confusion(trace, decided, names),
-        overthinking=quality.overthinking(trace),
+        overthinking=quality.overthinking_shares(trace, policy),
         risk_path=risk.risk_path(trace, test, certificate),
         certificate=risk.certificate_finding(certificate, trace, policy, evidence.bundle),
         retention=quality.retention_bins(trace, decided),

@@ -211,34 +211,33 @@ def _risk_path(found: Findings) -> Section:
 
 
 def _reliability(found: Findings) -> Section:
-    if not found.subject.num_labelled:
+    known = [(k, point, point.quality) for k, point in enumerate(found.exits) if point.quality]
+    if not known:
         return _needs_labels(found, "reliability", "Can the confidence be believed?", "reliability diagrams")
     rows = tuple(
         (
             _exit(found, k),
             f"{point.temperature:.2f}",
             number(point.ece_unscaled),
-            number(point.ece),
-            number(point.auroc),
+            number(quality.ece),
+            number(quality.adaptive_ece),
+            number(quality.brier),
+            number(quality.nll),
+            number(quality.failure_auroc),
         )
-        for k, point in enumerate(found.exits)
+        for k, point, quality in known
     )
-    drawings = tuple(figures.reliability(point, _exit(found, k)) for k, point in enumerate(found.exits))
-    captions = tuple(
-        f"{_exit(found, k).capitalize()} · calibration error {100 * (point.ece or 0):.1f} points"
-        for k, point in enumerate(found.exits)
-    )
+    columns = ("exit", "temperature", "ECE unscaled", "ECE", "adaptive ECE", "Brier", "NLL", "AUROC of failure")
     return Section(
         "reliability",
         "Can the confidence be believed?",
         words.reliability_reading(found.exits),
-        drawings,
-        captions,
+        tuple(figures.reliability(k, quality, _exit(found, k)) for k, _, quality in known),
+        tuple(f"{_exit(found, k).capitalize()} · off by {100 * quality.ece:.1f} points" for k, _, quality in known),
         caption=f"{count(found.subject.num_labelled)} labelled rows in 15 bins of confidence, at the policy's "
-        "temperatures; a dot's area "
-        "is its share of the rows. Orange: further from the diagonal than two standard errors. A diagnostic, "
-        "not a promise.",
-        table=Table(("exit", "temperature", "ECE unscaled", "ECE", "AUROC of failure"), rows),
+        "temperatures; a dot's area is its share of the rows. Orange: further from the diagonal than two standard "
+        "errors. A diagnostic, not a promise.",
+        table=Table(columns, rows),
         is_wide=True,
     )
 
@@ -287,12 +286,13 @@ def _overthinking(found: Findings) -> Section:
     return Section(
         "overthinking",
         "Overthinking",
-        words.overthinking_reading(over),
+        words.overthinking_reading(found),
         (figures.overthinking(found.exits),) if len(found.exits) > 1 else (),
-        caption=f"Of {count(over.num_rows)} labelled rows, those that an exit gets wrong and the final exit "
-        "right (teal), and those "
-        f"the other way round (orange). {share(over.wasted / over.num_rows)} are right at the first exit and "
-        "at the end.",
+        caption=f"Of {count(found.subject.num_labelled)} labelled rows, those that an exit gets wrong and the "
+        "final exit "
+        "right (teal), and those the other way round (orange). Stopping every row at its first right exit, "
+        "which nobody "
+        f"can, would get {share(over.oracle_accuracy)} right with {over.oracle_depth:.2f} segments per row.",
         table=Table(("going on from", "won", "spoiled"), rows),
     )
 

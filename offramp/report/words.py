@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from offramp.binomial import rows_needed
 from offramp.policy import Policy
-from offramp.report.findings import Confusion, ExitFinding, Findings, Overthinking, RetentionBin, RiskPath
+from offramp.report.findings import Confusion, ExitFinding, Findings, RetentionBin, RiskPath
 
 
 def share(value: float | None, decimals: int = 1) -> str:
@@ -115,11 +115,12 @@ def waterfall_reading(found: Findings) -> str:
 
 
 def reliability_reading(exits: tuple[ExitFinding, ...]) -> str:
-    known = [found for found in exits if found.ece is not None]
-    worst = max(known, key=lambda found: found.ece or 0)
+    errors = {found.exit_index: found.quality.ece for found in exits if found.quality}
+    worst = max(errors, key=lambda k: errors[k])
     return (
-        f"Dots on the diagonal mean a confidence that can be believed; furthest off is {exit_name(worst, exits)}, by "
-        f"{100 * (worst.ece or 0):.1f} points on average."
+        "Dots on the diagonal mean a confidence that can be believed; furthest off is "
+        f"{exit_name(exits[worst], exits)}, "
+        f"by {100 * errors[worst]:.1f} points on average."
     )
 
 
@@ -175,11 +176,13 @@ def confusion_reading(confusion: Confusion) -> str:
     )
 
 
-def overthinking_reading(found: Overthinking) -> str:
+def overthinking_reading(found: Findings) -> str:
+    over = found.overthinking
+    assert over is not None
+    needed = (found.full_depth.accuracy or 0) - over.wasteful
     return (
-        f"Going on spoils {share(found.destroyed / found.num_rows)} of the rows (an earlier exit was right, "
-        "the end is not) "
-        f"and saves {share(found.needed / found.num_rows)} that only the final exit gets right."
+        f"Going on spoils {share(over.destructive)} of the rows (an earlier exit was right, the end is not) "
+        f"and saves {share(max(needed, 0))} that only the final exit gets right."
     )
 
 

@@ -15,12 +15,12 @@ from offramp.errors import DataError
 from offramp.policy import Policy
 from offramp.report.findings import Findings, RiskPoint
 from offramp.report.frontier import NUM_SWEPT
-from offramp.report.quality import failure_auroc
 from offramp.report.report import findings_from_evidence
-from offramp.report.words import headline, policy_text
+from offramp.report.words import headline, overthinking_reading, policy_text
 from offramp.trace import UNKNOWN
 from offramp.tuning.alternatives import alternatives
 from offramp.tuning.certify import CertifyOptions, certify
+from offramp.tuning.diagnostics import quality
 from offramp.tuning.replay import replay
 from tests.report.evidence import FILES, certificate, evidence, manifest, small_trace, with_retention
 
@@ -103,18 +103,7 @@ def test_exits_row_by_row() -> None:
         here = [trace.predictions[row, k] == trace.labels[row] for row in range(120)]
         assert said.won_later == sum(f and not h for f, h in zip(final, here, strict=True))
         assert said.lost_later == sum(h and not f for f, h in zip(final, here, strict=True))
-        gaps = sum(b.num_rows / 120 * abs(b.accuracy - b.confidence) for b in said.reliability)
-        assert said.ece == pytest.approx(gaps, abs=1e-6)
-        assert sum(b.num_rows for b in said.reliability) == 120
-
-
-def test_auroc_pair_by_pair() -> None:
-    generator = np.random.default_rng(0)
-    confidence = generator.integers(0, 6, 50) / 5
-    right = generator.random(50) < confidence
-    pairs = [(a, b) for a in confidence[right] for b in confidence[~right]]
-    assert failure_auroc(confidence, right) == pytest.approx(np.mean([(a > b) + (a == b) / 2 for a, b in pairs]))
-    assert failure_auroc(confidence, np.ones(50, np.bool_)) is None
+        assert said.quality == quality(trace.logits[:, k], trace.labels, 1.0)
 
 
 def test_waterfall_adds_up() -> None:
@@ -179,11 +168,12 @@ def test_a_risk_that_needs_labels_gives_way_without_them() -> None:
 
 def test_overthinking_and_confusion() -> None:
     trace = small_trace()
-    right = trace.predictions == trace.labels[:, None]
-    over = found(trace).overthinking
-    assert over is not None
-    assert over.destroyed == sum(any(row[:3]) and not row[3] for row in right.tolist())
-    assert over.needed == sum(row[3] and not any(row[:3]) for row in right.tolist())
+    right = (trace.predictions == trace.labels[:, None]).tolist()
+    said = found(trace)
+    assert said.overthinking is not None
+    assert said.overthinking.destructive == pytest.approx(sum(any(row[:3]) and not row[3] for row in right) / 120)
+    needed = sum(row[3] and not any(row[:3]) for row in right) / 120
+    assert f"saves {100 * needed:.1f}% that only the final exit gets right" in overthinking_reading(said)
     confusion = found(trace).confusion
     said = replay(Policy.thresholds("max_prob", [0.7] * 3), trace).prediction
     assert confusion.counts[1][2] == sum((trace.labels == 1) & (said == 2))
@@ -207,7 +197,7 @@ def test_without_labels() -> None:
     assert said.overthinking is None
     assert said.chosen.accuracy is None
     assert said.chosen.agreement == found().chosen.agreement
-    assert all(point.ece is point.auroc is point.accuracy is point.won_later is None for point in said.exits)
+    assert all(point.quality is point.ece_unscaled is point.accuracy is point.won_later is None for point in said.exits)
     assert said.confusion.reference == "full depth"
     assert any(missing.what.startswith("labels") for missing in said.missing)
     assert not any(missing.what.startswith("labels") for missing in found().missing)
