@@ -1,0 +1,45 @@
+"""Takes the pictures of the README: the demo's report in light, in dark and on a phone.
+
+Needs chromium, and demo/bundle (`make demo`) with its trace; run it from the root of the repository.
+Pictures have 128 colours, so that each stays small; text and flat figures lose nothing by it.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+
+from offramp.commands.reporting import ReportRequest, report_bundle  # noqa: E402
+from tests.report.browser import Scheme, screenshot  # noqa: E402
+
+HERE = Path(__file__).parent
+NUM_COLOURS = 128
+MOST_BYTES = 250_000
+PICTURES: tuple[tuple[str, tuple[int, int], Scheme], ...] = (
+    ("report-light", (1180, 1560), "light"),
+    ("report-dark", (1180, 1560), "dark"),
+    ("report-phone", (390, 1560), "light"),
+)
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "report.html"
+        report_bundle(ROOT / "demo" / "bundle", ReportRequest(), page)
+        for name, size, scheme in PICTURES:
+            screenshot(page, Path(folder) / f"{name}.png", size, scheme)
+            taken = Image.open(Path(folder) / f"{name}.png").convert("RGB")
+            output = HERE / f"{name}.png"
+            taken.quantize(NUM_COLOURS, dither=Image.Dither.NONE).save(output, optimize=True)
+            print(f"{output.relative_to(ROOT)}: {output.stat().st_size} bytes")
+            assert output.stat().st_size < MOST_BYTES
+
+
+if __name__ == "__main__":
+    main()
