@@ -46,6 +46,7 @@ class TrainReport:
 
     epochs: tuple[EpochReport, ...]
     precision: str
+    measure: str  # what validation says of every exit: accuracy, or error (the mean absolute one)
 
     @property
     def validation(self) -> tuple[float, ...]:
@@ -155,7 +156,8 @@ def run_epochs(run: Run, position: Position) -> TrainReport:
                 state = None if finished else bytes_from_snapshot(snapshot_of(run, position))
                 save_checkpoint(run.output.folder, run.checkpoint, state)
     run.model.eval()
-    return TrainReport(position.epochs, precision_of_cpu(run.plan.run.precision))
+    measure = "error" if run.checkpoint.num_classes == 1 else "accuracy"
+    return TrainReport(position.epochs, precision_of_cpu(run.plan.run.precision), measure)
 
 
 def train_epoch(run: Run, position: Position, bar: Progress) -> EpochReport:
