@@ -95,7 +95,7 @@ def segments_from_probed(
 ) -> CutModel:
     """Cut a probed graph at `exits`. Raises CutError."""
     view, probe, inputs = probed.view, probed.probe, probed.inputs
-    num_classes = _check_exits(probe, exits)
+    num_classes = _check_exits(probe, exits, learned)
     learned = {name: learned[name] for name in exits if name in learned}
     _check_learned(probe, learned)
     outputs = [(name, learned[name]) if name in learned else (name,) for name in exits]
@@ -117,14 +117,23 @@ def segments_from_probed(
     return CutModel(tuple(segments), num_classes, _derived_dimensions(probe, plans, probed.dimensions))
 
 
-def _check_exits(probe: Probe, exits: Sequence[str]) -> int:
-    """Every exit is (rows, C) floats with the same C >= 2, row by row; returns C."""
+def _check_exits(probe: Probe, exits: Sequence[str], learned: Mapping[str, str]) -> int:
+    """Every exit is (rows, C) floats with the same C, row by row; returns C.
+
+    C is at least 2, or 1 for a regression, whose exits before the final one need a learned confidence: a single number
+    says nothing of how sure it is.
+    """
     classes = {}
+    least = 1 if learned and all(name in learned for name in exits[:-1]) else 2
     for name in exits:
         facts, shape = probe.tensors[name], probe.shape(name)
         drawn = f"({', '.join(map(str, shape))})"
-        if len(shape) != 2 or not isinstance(shape[1], int) or shape[1] < 2 or facts.dtype not in _FLOATS:
-            hint = "; a binary exit needs two logits, such as (0, x)" if shape[1:] == (1,) else ""
+        if len(shape) != 2 or not isinstance(shape[1], int) or shape[1] < least or facts.dtype not in _FLOATS:
+            hint = (
+                "; a binary exit needs two logits, such as (0, x), a regression learned confidences"
+                if shape[1:] == (1,)
+                else ""
+            )
             raise CutError(
                 f"exit {name!r} is {facts.dtype} of shape {drawn}; expected floating-point logits of shape "
                 f"(rows, classes) with at least 2 classes{hint}"

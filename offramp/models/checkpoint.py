@@ -156,7 +156,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if kind.is_text and not tokenizer_path.is_file():
         raise damaged(path, f"{TOKENIZER_FILE} is missing")
     try:
-        weights = load_file(path / WEIGHTS_FILE)
+        # copied, because a product rounds by where in memory a row begins, and in the file that is anywhere
+        weights = {name: tensor.clone() for name, tensor in load_file(path / WEIGHTS_FILE).items()}
         with torch.random.fork_rng(devices=[]):
             model = kind.from_dict(config)
         model.load_state_dict(weights, assign=True)

@@ -87,6 +87,7 @@ def train_model(
     fit.
     """
     check_rows(checkpoint, rows)
+    align_weights(checkpoint.model)
     run = Run(checkpoint, rows, plan, optimizer_from_model(checkpoint.model, plan), output, teacher)
     if output.folder is not None:
         save_checkpoint(output.folder, checkpoint, bytes_from_snapshot(snapshot_of(run, Position())))
@@ -239,6 +240,16 @@ def snapshot_of(run: Run, position: Position) -> Snapshot:
         run.rows.sizes(),
         run.output.extra,
     )
+
+
+def align_weights(model: nn.Module) -> None:
+    """Move all weights to memory of their own, as a resumed run has them.
+
+    Pretrained ones lie in the middle of a file's, and products of a single row or column then round differently (1e-7
+    seen in a regression head), so that a resumed run would not end with the same bits.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def checked_loss(loss: Tensor, epoch: int, step: int) -> float:
