@@ -9,6 +9,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from offramp.bundle import DimensionSpec, InputSpec
 from offramp.commands.dataset import ROTTEN_TOMATOES, arrays_from_npz
@@ -17,7 +20,11 @@ from offramp.export.chain import Arrays
 from offramp.export.source import ModelSource, TextSource, source_from_factory, source_from_model, source_from_onnx
 from offramp.models.data import load_rotten_tomatoes, load_texts
 
+if TYPE_CHECKING:
+    from offramp.models.checkpoint import Checkpoint
+
 CALIBRATION_TEXTS = "calibration.jsonl"  # beside a checkpoint: some of the texts that it was trained on
+CALIBRATION_ARRAYS = "calibration.npz"  # the same of images
 _BATCH = 16
 _MAX_BATCHES = 16
 
@@ -105,16 +112,49 @@ def _from_onnx(
 
 
 def _from_checkpoint(path: Path, exits: Sequence[str], opset: int, calibration_data: str) -> ModelSource:
+    from offramp.models.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(path)
+    if checkpoint.tokenizer_path is None:
+        return _from_image_checkpoint(path, checkpoint, exits, opset, calibration_data)
+    return _from_text_checkpoint(path, checkpoint, exits, opset, calibration_data)
+
+
+def _from_image_checkpoint(
+    path: Path, checkpoint: Checkpoint, exits: Sequence[str], opset: int, calibration_data: str
+) -> ModelSource:
     import torch
 
     from offramp.export.capture import Example
-    from offramp.models.checkpoint import load_checkpoint
+
+    file = Path(calibration_data) if calibration_data else path / CALIBRATION_ARRAYS
+    if not file.is_file():
+        raise DataError(
+            f"{file} is not there; FP16 and INT8 are calibrated on real images: pass `--calibration-data` with an .npz "
+            "file that holds an array `pixels` (images, channels, height, width) of float32 in [0, 1]"
+        )
+    arrays = arrays_from_npz(file)
+    shape = checkpoint.config.image_shape
+    if "pixels" not in arrays or arrays["pixels"].shape[1:] != shape or len(arrays["pixels"]) < 2:
+        got = {name: array.shape for name, array in arrays.items()}
+        raise DataError(f"{file} holds {got}, expected pixels (images, {', '.join(map(str, shape))}), 2 images or more")
+    example = Example({"pixels": torch.from_numpy(arrays["pixels"][:_BATCH].astype(np.float32))})
+    source = source_from_model(path.name, checkpoint.model, example, opset, exits)
+    batches = _batches(file, {"pixels": arrays["pixels"].astype(np.float32)}, source.inputs)
+    return replace(source, calibration=batches, labels=checkpoint.label_names)
+
+
+def _from_text_checkpoint(
+    path: Path, checkpoint: Checkpoint, exits: Sequence[str], opset: int, calibration_data: str
+) -> ModelSource:
+    import torch
+
+    from offramp.export.capture import Example
     from offramp.models.data import load_tokenizer, token_ids
     from offramp.models.rows import padded
 
-    checkpoint = load_checkpoint(path)
+    assert checkpoint.tokenizer_path is not None, "a model of texts"
     texts = _calibration_texts(path, calibration_data)
-    assert checkpoint.tokenizer_path is not None
     tokenizer = load_tokenizer(checkpoint.tokenizer_path, checkpoint.max_length)
     rows = token_ids(tokenizer, texts[: _BATCH * _MAX_BATCHES])
     batches: list[Arrays] = []

@@ -13,7 +13,7 @@ from types import MappingProxyType
 
 from onnx import ModelProto, inliner
 
-from offramp.bundle import PREVIOUS_ROWS, ROWS, DimensionSpec, InputSpec, TensorSpec
+from offramp.bundle import LEARNED, PREVIOUS_ROWS, ROWS, DimensionSpec, InputSpec, TensorSpec
 from offramp.errors import CutError
 from offramp.export.check_graph import check_graph
 from offramp.export.costs import CostModel
@@ -97,7 +97,7 @@ def segments_from_probed(
 ) -> CutModel:
     """Cut a probed graph at `exits`. Raises CutError."""
     view, probe, inputs = probed.view, probed.probe, probed.inputs
-    num_classes = _check_exits(probe, exits)
+    num_classes = _check_exits(probe, exits, row_outputs)
     row_outputs = {name: row_outputs[name] for name in exits if name in row_outputs}
     _check_row_outputs(probe, row_outputs)
     outputs = [{LOGITS: name, **row_outputs.get(name, {})} for name in exits]
@@ -119,14 +119,24 @@ def segments_from_probed(
     return CutModel(tuple(segments), num_classes, _derived_dimensions(probe, plans, probed.dimensions))
 
 
-def _check_exits(probe: Probe, exits: Sequence[str]) -> int:
-    """Every exit is (rows, C) floats with the same C >= 2, row by row; returns C."""
+def _check_exits(probe: Probe, exits: Sequence[str], row_outputs: RowOutputs) -> int:
+    """Every exit is (rows, C) floats with the same C, row by row; returns C.
+
+    C is at least 2, or 1 for a regression, whose exits before the final one need a learned confidence: a single number
+    says nothing of how sure it is.
+    """
     classes = {}
+    has_learned = [LEARNED in row_outputs.get(name, {}) for name in exits[:-1]]
+    least = 1 if has_learned and all(has_learned) else 2
     for name in exits:
         facts, shape = probe.tensors[name], probe.shape(name)
         drawn = f"({', '.join(map(str, shape))})"
-        if len(shape) != 2 or not isinstance(shape[1], int) or shape[1] < 2 or facts.dtype not in _FLOATS:
-            hint = "; a binary exit needs two logits, such as (0, x)" if shape[1:] == (1,) else ""
+        if len(shape) != 2 or not isinstance(shape[1], int) or shape[1] < least or facts.dtype not in _FLOATS:
+            hint = (
+                "; a binary exit needs two logits, such as (0, x), a regression learned confidences"
+                if shape[1:] == (1,)
+                else ""
+            )
             raise CutError(
                 f"exit {name!r} is {facts.dtype} of shape {drawn}; expected floating-point logits of shape "
                 f"(rows, classes) with at least 2 classes{hint}"

@@ -26,6 +26,9 @@ def score_head(num_classes: int, opset: int) -> tuple[list[NodeProto], list[Tens
     another batch), its GlobalAveragePool does not; and p log p comes from LogSoftmax because Log is not bit-stable.
     """
 
+    if num_classes == 1:
+        return _value_head()
+
     def name(tensor: str) -> str:
         return f"{PREFIX}{tensor}"
 
@@ -62,6 +65,26 @@ def score_head(num_classes: int, opset: int) -> tuple[list[NodeProto], list[Tens
         node("Reshape", [name("mean_information"), name("as_column")], name("mean_column")),
         node("Mul", [name("mean_column"), name("entropy_scale")], name("entropy")),
         node("Concat", [name("max_prob"), name("margin"), name("entropy")], "scores", axis=1),
+    ]
+    return nodes, constants
+
+
+def _value_head() -> tuple[list[NodeProto], list[TensorProto]]:
+    """The same for a regression, `logits` (S, 1) being the value: no class, and scores that are as unsure as can be.
+
+    Max_prob and margin are 0 and entropy is 1, so that no threshold on them lets a row leave: its learned confidence is
+    what decides. They are computed from the inputs, because a segment without its inverse temperature is none.
+    """
+    constants = [
+        numpy_helper.from_array(np.zeros((1, 3), np.float32), f"{PREFIX}nothing"),
+        numpy_helper.from_array(np.array([[0, 0, 1]], np.float32), f"{PREFIX}unsure"),
+    ]
+    scaled, zeros = f"{PREFIX}scaled", f"{PREFIX}zeros"
+    nodes = [
+        helper.make_node("ArgMax", ["logits"], ["prediction"], f"{PREFIX}ArgMax/prediction", axis=1, keepdims=0),
+        helper.make_node("Mul", ["logits", INVERSE_TEMPERATURE], [scaled], f"{PREFIX}Mul/scaled"),
+        helper.make_node("Mul", [scaled, f"{PREFIX}nothing"], [zeros], f"{PREFIX}Mul/zeros"),
+        helper.make_node("Add", [zeros, f"{PREFIX}unsure"], ["scores"], f"{PREFIX}Add/scores"),
     ]
     return nodes, constants
 

@@ -336,6 +336,8 @@ def _check_policy(policy: Policy, manifest: Manifest) -> None:
     """Raise OptionError when `policy` is for another model."""
     policy.check_exits(len(manifest.exits))
     policy.check_learned([bool(spec.learned) for spec in manifest.exits])
+    if manifest.exits[0].num_classes == 1:
+        policy.check_values()
 
 
 class Part(NamedTuple):
