@@ -98,10 +98,14 @@ def time_search(num_rows: int, num_exits: int, seeds: range) -> list[dict[str, A
 
 
 def cut_again(bundle: Path, placement: Placement, folder: Path) -> Path:
-    """The bundle of `placement`, FP32 only."""
+    """The bundle with the kept exits, FP32 only; the old one where it has no others."""
     manifest = load_manifest(bundle)
+    if len(placement.kept) == len(manifest.exits):
+        return bundle
     source = source_from_bundle(bundle, manifest, load_reference(bundle, manifest))
     placed = folder / "-".join(map(str, ("placed", *placement.kept)))
+    if placed.is_dir():
+        return placed
     export_bundle(with_exits(source, placement.kept), placed, ExportOptions("fp32"), extras=Extras(placement.policy))
     return placed
 
@@ -119,7 +123,7 @@ def judge(subject: Subject, placement: Placement, everything: Placement, folder:
     placed = cut_again(subject.bundle, placement, folder)
     opened = {
         "all exits": Runner.open(subject.bundle, "onnxruntime", everything.policy, precision="fp32"),
-        "placed": Runner.open(placed, "onnxruntime", precision="fp32"),
+        "placed": Runner.open(placed, "onnxruntime", placement.policy, precision="fp32"),
         "all exits, full depth": Runner.open(subject.bundle, "onnxruntime", never(everything), precision="fp32"),
         "placed, full depth": Runner.open(placed, "onnxruntime", never(placement), precision="fp32"),
     }
@@ -237,8 +241,7 @@ def main() -> None:
             searched = time_search(20_000, 12, range(3))
             settings = [
                 PlacementOptions(max_risk=risk, max_worst_case=bound)
-                for risk in (0.005, 0.01, 0.02)
-                for bound in (math.inf, 1.05)
+                for risk, bound in ((0.005, math.inf), (0.01, math.inf), (0.02, math.inf), (0.01, 1.05))
             ]
         costs, judged = place_and_judge(subject, settings, 12 if options.quick else options.rows, Path(folder))
     free = [one for one in judged if one["max_worst_case"] is None]

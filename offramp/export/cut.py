@@ -22,6 +22,7 @@ from offramp.export.mincut import CutProblem, minimum_carry
 from offramp.export.probe import Probe, probe_graph
 from offramp.export.row_outputs import WORDS, RowOutputs
 from offramp.export.segment_graph import LOGITS, SegmentPlan, carry_specs, segment_graph
+from offramp.export.simplify import reshape_target
 from offramp.export.sizes import Arrays
 
 _FLOATS = frozenset({"float16", "float32", "float64"})
@@ -176,11 +177,12 @@ def _plan_segments(
     tensor of the same law. Where no carried tensor has that law, or the law is not one because values decide the
     shape, the operator is pinned, which makes its tensor count as needed data, and everything is cut again.
     """
+    needed = _needed_reads(view, probe)
     shapes = {i: node.input[0] for i, node in enumerate(view.nodes) if node.op_type == "Shape"}
     lawless = view.data_shaped | {name for name, facts in probe.tensors.items() if facts.dtype == "none"}
     pinned = frozenset(i for i, name in shapes.items() if name not in probe.tensors or name in lawless)
     while True:
-        reads = [() if i in shapes and i not in pinned else read for i, read in enumerate(view.reads)]
+        reads = [() if i in shapes and i not in pinned else read for i, read in enumerate(needed)]
         problem = costs.problem(view, probe, reads)
         plans = _cut_boundaries(view, problem, reads, exits, probe)
         resolved = [plan.with_sources(view, probe) for plan in plans]
@@ -188,6 +190,21 @@ def _plan_segments(
         if not unresolved:
             return resolved
         pinned |= unresolved
+
+
+def _needed_reads(view: GraphView, probe: Probe) -> list[Sequence[str]]:
+    """What each node reads, but for targets of Reshapes that `simplify` makes constants: nothing is to be carried,
+    nor any length computed, for those."""
+    needed: list[Sequence[str]] = []
+    for node, read in zip(view.nodes, view.reads, strict=True):
+        is_known = node.op_type == "Reshape" and all(
+            name in probe.tensors and probe.tensors[name].dtype != "none" and name not in view.data_shaped
+            for name in (node.input[0], node.output[0])
+        )
+        if is_known and reshape_target(probe.shape(node.input[0]), probe.shape(node.output[0])) is not None:
+            read = tuple(name for name in read if name != node.input[1] or name == node.input[0])
+        needed.append(read)
+    return needed
 
 
 def _cut_boundaries(
