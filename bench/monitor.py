@@ -142,15 +142,18 @@ def detected(
             causes.add(found.cause)
             delays.append(found.alarm - CHANGE + 1)
             audits.append(found.audits_after)
-    missed = streams - early - len(delays)
+        else:  # not yet: at least so many
+            delays.append(requests)
+            audits.append(found.audits_after)
+    missed = streams - early - sum(delay < requests for delay in delays)
     return {
         "streams": streams,
         "false_before": early,
         "missed": missed,
-        "median_requests": float(np.median(delays + [requests] * missed)),
-        "p90_requests": float(np.percentile(delays + [requests] * missed, 90)),
-        "median_audits": float(np.median(audits)) if audits else None,
-        "p90_audits": float(np.percentile(audits, 90)) if audits else None,
+        "median_requests": float(np.median(delays)),
+        "p90_requests": float(np.percentile(delays, 90)),
+        "median_audits": float(np.median(audits)),
+        "p90_audits": float(np.percentile(audits, 90)),
         "causes": sorted(causes),
     }
 

@@ -142,7 +142,7 @@ def held(
 
 def note_retention(watches: Sequence[Watch | None], out: SegmentOutput) -> None:
     """The shares of tokens that S rows of `watches` kept, where the model prunes tokens and says so."""
-    kept = getattr(out, "retention", None)
+    kept = out.retention
     if kept is not None:
         for watch, share in zip(watches, kept.tolist(), strict=True):
             if watch is not None:

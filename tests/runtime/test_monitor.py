@@ -22,11 +22,13 @@ from monitored import (
     NUM_EXITS,
     POLICY,
     SHARES,
+    Pruning,
     answer,
     draw,
     monitor_of,
     monitored_runner,
     rows,
+    trip,
 )
 from numpy.typing import NDArray
 
@@ -39,7 +41,6 @@ from offramp.runtime import (
     Monitor,
     MonitorOptions,
     Result,
-    Runner,
     SegmentOutput,
     Snapshot,
     fake_runner,
@@ -53,16 +54,6 @@ from offramp.runtime.monitor_watch import FULL_DEPTH as FORCED
 PATIENCE_S = 30.0
 OFTEN = MonitorOptions(audit_rate=0.3, suspect_audit_rate=0.3)
 some_rows = st.lists(st.tuples(st.integers(0, NUM_EXITS - 1), st.booleans()), max_size=70)
-
-
-def trip(runner: Runner, source: str = "") -> None:
-    """Send rows with losses until the monitor has had enough."""
-    assert runner.monitor is not None
-    for _ in range(500):
-        runner.run(rows([0] * 20, [True] * 20), source)
-        if runner.monitor.state_of(source) == FULL_DEPTH:
-            return
-    raise AssertionError("no alarm")
 
 
 def same_rows(left: Result, right: Result, keep: Sequence[int]) -> None:
@@ -306,6 +297,14 @@ def test_an_exit_without_a_learned_score_is_not_one_that_failed() -> None:
     assert monitor.snapshot().total.depths == (0, 3)
 
 
+def test_what_happens_to_an_audited_row_after_the_policy_let_it_go_is_no_veto() -> None:
+    vetoing = replace(Policy.thresholds("max_prob", [0.7, 0.7]), veto=Veto(margin=0.7))
+    runner = fake_runner([0.99, 0.8, 0.99], vetoing)
+    runner.monitor = monitor = monitor_of(replace(BASELINE, exit_counts=(0,) * 3), MonitorOptions(audit_rate=1.0))
+    assert runner.run({"x": np.zeros(3, np.float32)}).reason == [AUDIT] * 3
+    assert monitor.snapshot().total.vetoes == 0
+
+
 @pytest.mark.parametrize("rate", [1e-9, 0.5])
 def test_vetoes_are_counted(rate: float) -> None:
     """At exits 1 and 2 the margin suffices for the threshold, and not for the veto."""
@@ -318,18 +317,6 @@ def test_vetoes_are_counted(rate: float) -> None:
     runner.policy = policy
     runner.run({"x": np.zeros(3, np.float32)})
     assert monitor.snapshot().total.vetoes == 6
-
-
-class Pruning(FakeEngine):
-    """Says which share of its tokens a row kept."""
-
-    def run(self, carry: Any, rows: NDArray[np.int64], inverse_temperature: np.float32) -> SegmentOutput:
-        out = super().run(carry, rows, inverse_temperature)
-
-        class Kept(SegmentOutput):
-            retention = np.full(len(rows), 0.25, np.float32)
-
-        return Kept(*out[:5])
 
 
 def test_retention_is_counted_where_the_model_says_it() -> None:

@@ -11,14 +11,14 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from monitored import BASELINE, NUM_EXITS, POLICY, draw, monitor_of, monitored_runner, rows
+from monitored import BASELINE, NUM_EXITS, POLICY, Pruning, draw, monitor_of, monitored_runner, rows, trip
 from pooling import PATIENCE_S, flat_costs, gated_runner, occupy, request
-from test_monitor import FORCED, Pruning, trip
 
 from offramp.errors import DeadlineError
 from offramp.policy import FINAL, Policy
 from offramp.runtime import Monitor, MonitorOptions, Pool, Result, Snapshot
 from offramp.runtime.monitor_states import FULL_DEPTH, NORMAL
+from offramp.runtime.monitor_watch import FULL_DEPTH as FORCED
 
 OFTEN = MonitorOptions(audit_rate=0.3, suspect_audit_rate=0.3, false_alarm=1e-300, audits_between_alarms=1e99)
 

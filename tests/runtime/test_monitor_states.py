@@ -15,6 +15,7 @@ from monitored import BASELINE, NUM_EXITS, draw
 
 from offramp.certificate import Certificate, SourceStatement
 from offramp.errors import OptionError
+from offramp.runtime.monitor_evidence import RiskTest
 from offramp.runtime.monitor_states import (
     FULL_DEPTH,
     NORMAL,
@@ -90,6 +91,26 @@ def test_a_threefold_risk_is_found_within_250_audits_in_the_median() -> None:
         delays.append(told.feed(draw(rng, 3000), rng.random(3000) < 0.06))
     assert all(delays)
     assert np.median(delays) <= 250
+
+
+@pytest.mark.parametrize(
+    ("options", "cause"),
+    [
+        ({"audits_between_alarms": 1e90}, "audits: the risk is too high"),
+        ({"false_alarm": 1e-90}, "audits: the risk has risen"),
+    ],
+)
+def test_each_test_of_the_risk_trips_by_itself_at_its_level(options: dict[str, float], cause: str) -> None:
+    told = Told(**options)
+    num_losses = 0
+    while told.stream.state != FULL_DEPTH:
+        num_losses += 1
+        told.stream.update([0], [(0, True)])
+    by_hand = RiskTest(BASELINE.max_risk)
+    both = [(by_hand.update(True) / 1e4, by_hand.wealth / 1e3) for _ in range(9)]  # shares of an alarm
+    shares = [wealth if cause.endswith("too high") else risen for risen, wealth in both]
+    assert num_losses == 1 + sum(share < 1 for share in shares)
+    assert told.stream.cause == cause
 
 
 def test_suspicion_raises_the_audit_rate_and_goes_away() -> None:
