@@ -5,9 +5,9 @@ base policy, whose other conditions (patience, veto, minimum depth, closed exits
 loosen on the way, so going along it moves every row at most once per exit.
 
 Learning is greedy: from where it stands, it loosens the one threshold, as far as pays, that saves most cost per risk.
-What it counts as risk is not the losses seen but what a curve through them expects at that sureness, exit by exit: the
-first loss beyond a threshold says little, all losses of an exit together say much (docs/log.md has what it gains). How
-good a guess that is does not matter for the validity of the test.
+What it counts as risk is the losses seen, drawn towards a curve through all losses of an exit the more the fewer there
+are: the first loss beyond a threshold says little (docs/log.md has what the curve gains). How good a guess that is does
+not matter for the validity of the test.
 """
 
 from __future__ import annotations
