@@ -119,6 +119,21 @@ def test_costs_are_measured_kept_and_used_again(bundle: Path, monkeypatch) -> No
     again = json.loads(place(bundle, "--dry-run", "--json").stdout)
     assert again["costs"] == document["costs"]
     assert again["residual"] == document["residual"]
+    monkeypatch.undo()
+    monkeypatch.setattr(exit_costs, "TIMED_ROWS", 3)
+    bound = (
+        "--max-risk",
+        0.2,
+        "--max-worst-case",
+        "inf",
+        "--dry-run",
+        "--measure",
+        "--json",
+    )  # the trace that is there
+    anew = CliRunner().invoke(main, ["place", str(bundle), *map(str, bound)])
+    assert anew.exit_code == 0, anew.output
+    assert json.loads(anew.stdout)["costs"] != document["costs"]
+    monkeypatch.setattr(exit_costs, "measured_costs", None)
     with Runner.open(bundle) as runner, pytest.raises(TypeError):  # other threads, other costs
         cached_costs(bundle, runner, [], 1, print)
 

@@ -16,7 +16,7 @@ from offramp.commands.traces import TraceRequest, trace_for
 from offramp.commands.uncut import load_reference
 from offramp.errors import OptionError
 from offramp.export.export_bundle import ExportOptions, Extras, check_target, export_bundle
-from offramp.export.recut import source_from_bundle, with_exits
+from offramp.export.recut import calibration_batches, source_from_bundle, with_exits
 from offramp.policy import Policy
 from offramp.runtime import Runner
 from offramp.trace import Trace
@@ -97,14 +97,24 @@ def _costs(
     """What a row pays, and how well it adds up: measured, or the segments of the trace and an exit's cost as given."""
     if math.isnan(request.exit_ms):
         asked = request.trace
-        stream = open_rows(runner, asked.data or ROTTEN_TOMATOES, asked.split, 1, TIMED_ROWS)
-        rows = [dict(one.inputs) for one in stream]
+        rows = _timed_rows(bundle, runner, asked)
         measured = cached_costs(bundle, runner, rows, asked.threads, progress, request.is_measured_anew)
         return measured.costs, measured.residual
     exits_ms = (request.exit_ms,) * (trace.num_exits - 1)
     no_exits_ms = float(trace.costs_ms.sum()) - sum(exits_ms)
     uncut_ms = no_exits_ms if math.isnan(trace.uncut_ms) else trace.uncut_ms
     return Costs(tuple(trace.costs_ms.tolist()), exits_ms, uncut_ms), None
+
+
+def _timed_rows(bundle: Path, runner: Runner, asked: TraceRequest) -> list[Inputs]:
+    """Single rows of the data; where none was named and the model reads no texts, of what it was exported with."""
+    if asked.data or runner.manifest.text:
+        stream = open_rows(runner, asked.data or ROTTEN_TOMATOES, asked.split, 1, TIMED_ROWS)
+        return [dict(one.inputs) for one in stream]
+    batches = calibration_batches(bundle)
+    sizes = [len(next(iter(batch.values()))) for batch in batches]
+    rows = [(batch, row) for batch, size in zip(batches, sizes, strict=True) for row in range(size)]
+    return [{name: array[row : row + 1] for name, array in batch.items()} for batch, row in rows[:TIMED_ROWS]]
 
 
 def _left_out(policy: Policy) -> tuple[str, ...]:
