@@ -26,6 +26,7 @@ SCRIPTS = {
     "monitor": ["--quick"],
     "monitor_overhead": ["--quick"],
     "runner_overhead": ["--quick"],
+    "strategies": ["--quick"],
     "trimming": ["--quick"],
     "tensorrt_latency": ["--quick"],
     "tightness": ["--quick"],

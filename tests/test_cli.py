@@ -363,18 +363,3 @@ def test_doctor_names_what_is_missing_and_the_cure() -> None:
     assert findings["build tensorrt"]["works"] or "offramp[tensorrt]" in findings["build tensorrt"]["detail"]
     assert findings["run on tensorrt-rtx"]["works"] == findings["gpu"]["works"]
     assert findings["gpu"]["works"] or "run on an NVIDIA GPU" in findings["run on tensorrt-rtx"]["detail"]
-
-
-def test_defaults_of_train_are_those_of_the_recipe() -> None:
-    from offramp.models.encoder import EncoderConfig
-    from offramp.models.plan import demo_plan
-
-    plan, config = demo_plan(), EncoderConfig()
-    defaults = {option.name: option.default for option in main.commands["train"].params}
-    assert (defaults["epochs"], defaults["distil_epochs"]) == tuple(stage.epochs for stage in plan.stages)
-    for name in ("encoder_lr", "head_lr"):
-        assert {defaults[name]} == {getattr(stage, name) for stage in plan.stages}
-    assert defaults["early_weight"] == plan.stages[0].loss.early_weight
-    assert (defaults["batch_size"], defaults["seed"]) == (plan.run.batch_size, plan.run.seed)
-    assert defaults["exits"] == ",".join(map(str, config.exits))
-    assert (defaults["pooling"], defaults["early_pooling"]) == (config.pooling, config.early_pooling)
