@@ -1,7 +1,6 @@
 """Takes the pictures of the README: the demo's report in light, in dark and on a phone.
 
-Needs chromium, and demo/bundle (`make demo`) with its trace; run it from the root of the repository.
-Pictures have 128 colours, so that each stays small; text and flat figures lose nothing by it.
+Needs chromium, and demo/bundle (`make demo`), or the bundle named as its argument, with a trace beside it.
 """
 
 from __future__ import annotations
@@ -19,24 +18,24 @@ from offramp.commands.reporting import ReportRequest, report_bundle  # noqa: E40
 from tests.report.browser import Scheme, screenshot  # noqa: E402
 
 HERE = Path(__file__).parent
-NUM_COLOURS = 128
 MOST_BYTES = 250_000
 PICTURES: tuple[tuple[str, tuple[int, int], Scheme], ...] = (
-    ("report-light", (1180, 1560), "light"),
-    ("report-dark", (1180, 1560), "dark"),
-    ("report-phone", (390, 1560), "light"),
+    ("report-light", (1180, 1640), "light"),
+    ("report-dark", (1180, 1640), "dark"),
+    ("report-phone", (390, 1640), "light"),
 )
 
 
 def main() -> None:
+    bundle = Path(sys.argv[1]) if len(sys.argv) > 1 else ROOT / "demo" / "bundle"
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "report.html"
-        report_bundle(ROOT / "demo" / "bundle", ReportRequest(), page)
+        report_bundle(bundle, ReportRequest(), page)
         for name, size, scheme in PICTURES:
             screenshot(page, Path(folder) / f"{name}.png", size, scheme)
             taken = Image.open(Path(folder) / f"{name}.png").convert("RGB")
             output = HERE / f"{name}.png"
-            taken.quantize(NUM_COLOURS, dither=Image.Dither.NONE).save(output, optimize=True)
+            taken.quantize(256, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(output, optimize=True)
             print(f"{output.relative_to(ROOT)}: {output.stat().st_size} bytes")
             assert output.stat().st_size < MOST_BYTES
 

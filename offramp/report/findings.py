@@ -232,6 +232,11 @@ class Findings:
         """Every row to the end."""
         return self._required("full depth")
 
+    @property
+    def baseline(self) -> Alternative:
+        """What the policy is compared with: the uncut model where it was timed, else full depth."""
+        return self.alternative("uncut") or self.full_depth
+
     def _required(self, kind: Kind) -> Alternative:
         found = self.alternative(kind)
         assert found is not None, f"a report always has the alternative {kind!r}"

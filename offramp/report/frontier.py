@@ -85,7 +85,8 @@ def waterfall_from_shares(trace: Trace, decided: Replay) -> Waterfall:
     """What the rows leaving at each exit save, in ms per row of all rows."""
     costs = cumulative_costs_ms(trace)
     savings = saved_ms(trace, decided.exit_index)
-    steps = [Step("full depth", float(costs[-1]), "level")]
+    steps = [Step("uncut model", trace.uncut_ms, "level")] if math.isfinite(trace.uncut_ms) else []
+    steps.append(Step("full depth", float(costs[-1]), "level"))
     steps += [Step(f"leaving at exit {k}", -float(savings[k]), "saving") for k in range(trace.num_exits - 1)]
     return Waterfall((*steps, Step("this policy", expected_cost_ms(decided.exit_index, trace), "level")), "trace")
 

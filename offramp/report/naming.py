@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 _IN_SHORT = {
     "fixed threshold 0.9": "0.9 everywhere",
     "conformal risk control, one threshold": "conformal",
-    "certified, one threshold": "one threshold, certified",
+    "certified, one threshold": "one threshold",
 }
 _NAMING = ("chosen", "full depth", "uncut", "fixed 0.9", "tuned", "measured", "exit alone", "sweep")
 _Box = tuple[float, float, float, float]  # left, bottom, right, top in points
@@ -27,7 +27,8 @@ _Box = tuple[float, float, float, float]  # left, bottom, right, top in points
 def name_points(axes: Axes, alternatives: Sequence[Alternative], height: Callable[[Alternative], float | None]) -> None:
     """Write each name where it covers neither a point nor another name, the policy's first."""
     named = [(p, y) for p in alternatives if (y := height(p)) is not None]
-    taken = [_box(axes, p.ms, y, (0, 0), 1) for p, y in named if p.kind != "sweep"]
+    taken = [_box(axes, p.ms, y, (0, 0), 1) for p, y in named if p.kind not in ("sweep", "chosen")]
+    taken += [_box(axes, p.ms, y, (0, -4), 2) for p, y in named if p.kind == "chosen"]
     swept = [(p.ms, y) for p, y in named if p.kind == "sweep"]
     for (x, y), (u, v) in pairwise(swept):
         taken += [_box(axes, x + part * (u - x), y + part * (v - y), (0, 0), 0) for part in (0, 0.25, 0.5, 0.75)]
@@ -35,8 +36,10 @@ def name_points(axes: Axes, alternatives: Sequence[Alternative], height: Callabl
         if point.kind == "sweep":
             continue
         text = _IN_SHORT.get(point.name, point.name.partition(",")[0].removesuffix(" alone"))
-        spots = [(0.0, 12.0), (0.0, -20.0), (7 + 3.1 * len(text), -4.0), (-7 - 3.1 * len(text), -4.0)]
-        spots += [(7 + 3.1 * len(text), 12.0), (7 + 3.1 * len(text), -20.0), (0.0, 26.0), (0.0, -34.0)]
+        beside = 7 + 3.1 * len(text)
+        near = [(0.0, 12.0), (0.0, -20.0), (beside, -4.0), (-beside, -4.0), (beside, 12.0), (beside, -20.0)]
+        far = [(x, y) for y in (-36.0, -52.0, -68.0, 28.0) for x in (0.0, beside, -beside, 2 * beside)]
+        spots = near + far
         boxes = [_box(axes, point.ms, y, spot, len(text)) for spot in spots]
         costs = [_hidden(axes, box) * 3 + sum(_overlap(box, other) for other in taken) for box in boxes]
         best = costs.index(min(costs))
@@ -50,6 +53,7 @@ def name_points(axes: Axes, alternatives: Sequence[Alternative], height: Callabl
             ha="center",
             color=ACCENT if is_chosen else MUTED if point.kind == "exit alone" else INK,
             weight="bold" if is_chosen else "normal",
+            arrowprops={"arrowstyle": "-", "color": MUTED, "lw": 0.6, "shrinkB": 4} if best >= len(near) else None,
             zorder=5,
         )
 

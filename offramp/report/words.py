@@ -66,21 +66,24 @@ def headline(found: Findings) -> str:
     quality = f"{share(chosen.agreement)} of the answers are those of the whole model"
     if chosen.accuracy is not None and full.accuracy is not None:
         quality += f", and accuracy is {share(chosen.accuracy)} instead of {share(full.accuracy)}"
-    return f"An answer takes {ms(chosen.ms)} on average instead of {ms(full.ms)}; {quality}."
+    return (
+        f"An answer takes {ms(chosen.ms)} on average instead of the {ms(found.baseline.ms)} "
+        f"{_of_what(found)}; {quality}."
+    )
+
+
+def _of_what(found: Findings) -> str:
+    return "of the uncut model" if found.baseline.kind == "uncut" else "of full depth"
 
 
 def frontier_reading(found: Findings) -> str:
     chosen, full = found.chosen, found.full_depth
-    lost = (full.accuracy or 0) - (chosen.accuracy or 0)
-    if chosen.accuracy is None:
-        return (
-            f"The policy is {times(full.ms, chosen.ms)} as fast as full depth and gives the same answer to "
-            f"{share(chosen.agreement)} of the rows."
-        )
-    change = (
-        f"costs {100 * lost:.1f} points of accuracy" if lost > 0 else f"costs no accuracy ({-100 * lost:+.1f} points)"
-    )
-    return f"Against full depth, the policy is {times(full.ms, chosen.ms)} as fast and {change} on these rows."
+    against = f"{times(found.baseline.ms, chosen.ms)} the speed {_of_what(found)}"
+    if chosen.accuracy is None or full.accuracy is None:
+        return f"The policy has {against} and gives the answer of full depth to {share(chosen.agreement)} of the rows."
+    lost = full.accuracy - chosen.accuracy
+    change = "costs no accuracy" if lost <= 0 else f"costs {100 * lost:.1f} points of accuracy"
+    return f"The policy has {against} and {change} on these rows."
 
 
 def leaving_reading(exits: tuple[ExitFinding, ...]) -> str:

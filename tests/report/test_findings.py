@@ -13,7 +13,7 @@ import pytest
 from offramp.binomial import p_value
 from offramp.errors import DataError
 from offramp.policy import Policy
-from offramp.report.findings import Findings, RiskPoint
+from offramp.report.findings import Findings, RiskPoint, Step
 from offramp.report.frontier import NUM_SWEPT
 from offramp.report.report import findings_from_evidence
 from offramp.report.words import headline, overthinking_reading, policy_text
@@ -107,6 +107,7 @@ def test_exits_row_by_row() -> None:
 
 
 def test_waterfall_adds_up() -> None:
+    assert found(small_trace(uncut_ms=9.0)).waterfall.steps[0] == Step("uncut model", 9.0, "level")
     steps = found().waterfall.steps
     assert steps[0].ms + sum(step.ms for step in steps[1:-1]) == pytest.approx(steps[-1].ms)
     assert [step.kind for step in steps] == ["level", "saving", "saving", "saving", "level"]
@@ -345,8 +346,9 @@ def test_findings_are_json() -> None:
 def test_headline() -> None:
     assert headline(found(policy=Policy.full_depth())).startswith("Every row goes to full depth")
     said = found()
-    assert f"instead of {said.full_depth.ms:.1f} ms" in headline(said)
     assert math.isclose(said.full_depth.ms, 10)
+    assert "instead of the 10.0 ms of full depth" in headline(said)
+    assert "instead of the 9.00 ms of the uncut model" in headline(found(small_trace(uncut_ms=9.0)))
 
 
 def test_policies_in_words() -> None:
