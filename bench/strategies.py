@@ -14,7 +14,8 @@ layers below it; nothing is timed here.
     python bench/strategies.py [--recipe NAME] [--set NAME=VALUE …] [--seeds 3] [--work DIRECTORY] [--quick]
 
 A finished run is not trained again, a killed one goes on where it was. `--quick` trains two strategies of
-a tiny model in a directory that it removes.
+a tiny model in a directory that it removes. Beside other
+work, run it with OMP_WAIT_POLICY=PASSIVE (docs/log.md).
 """
 
 from __future__ import annotations
@@ -135,6 +136,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args(arguments)
     if options.quick:
+        torch.set_num_threads(1)  # for sizes at which threads only wait for each other
         options.recipe, options.only, options.seeds = QUICK_RECIPE, QUICK_STRATEGIES, 1
         with tempfile.TemporaryDirectory() as folder:
             compare(options, Path(folder))
