@@ -12,6 +12,7 @@ import pytest
 
 BENCH = Path(__file__).parents[1] / "bench"
 SCRIPTS = {
+    "ablation": ["--quick"],
     "against_alternatives": ["--quick"],
     "against_earlyon": ["--quick"],  # one line that says so where earlyon is not installed
     "calibration_speed": ["--quick"],

@@ -18,6 +18,7 @@ from offramp.errors import CutError
 from offramp.export.check_graph import check_graph
 from offramp.export.costs import CostModel
 from offramp.export.graph import GraphView, describe_node
+from offramp.export.lengths import with_lengths_read
 from offramp.export.mincut import CutProblem, minimum_carry
 from offramp.export.probe import Probe, probe_graph
 from offramp.export.row_outputs import WORDS, RowOutputs
@@ -90,7 +91,8 @@ def probed_graph(
     """`model`, found fit to be cut at `exits` or some of them, and run on `example`. Arguments and errors as above."""
     view = GraphView(inliner.inline_local_functions(model) if model.functions else model)
     check_graph(view, exits, row_outputs)
-    return ProbedGraph(view, probe_graph(view, inputs, dimensions, example), inputs, dimensions)
+    probe = probe_graph(view, inputs, dimensions, example)
+    return ProbedGraph(*with_lengths_read(view, probe, frozenset(dimensions)), inputs, dimensions)
 
 
 def segments_from_probed(

@@ -54,7 +54,7 @@ class SegmentPlan:
             node = view.nodes[index]
             if node.op_type != "Shape" or node.input[0] in at_hand or node.input[0] not in probe.tensors:
                 continue
-            found = [self._source(probe, given, law) for law in _laws_taken(probe, node)]
+            found = [self._source(probe, given, law) for law in laws_taken(probe, node)]
             if None in found:
                 unresolved.add(index)
             sources[index] = tuple(source for source in found if source is not None)
@@ -237,7 +237,7 @@ def _shape_nodes(
     return nodes
 
 
-def _laws_taken(probe: Probe, node: NodeProto) -> tuple[tuple[int, ...], ...]:
+def laws_taken(probe: Probe, node: NodeProto) -> tuple[tuple[int, ...], ...]:
     """The laws of the axes that a Shape operator asks for."""
     attributes = {attribute.name: attribute.i for attribute in node.attribute}
     return probe.tensors[node.input[0]].laws[attributes.get("start", 0) : attributes.get("end")]

@@ -79,6 +79,9 @@ def probing_sizes(nominal: Size, dimensions: Mapping[str, DimensionSpec]) -> lis
         )
     for symbol, found in free.items():
         sizes += [{**nominal, symbol: length} for length in dict.fromkeys(found[_TURNS:][:2] or found[-1:])]
+    # Both ends: a number of blocks or a least number of tokens does not change where lengths are usual.
+    ends = [{symbol: getattr(dimensions[symbol], end) for symbol in free} for end in ("min", "max")]
+    sizes += [{**nominal, **end} for end in ends if end]
     return [{**size, ROWS: _ROW_COUNTS[turn % len(_ROW_COUNTS)]} for turn, size in enumerate(sizes)]
 
 

@@ -105,18 +105,20 @@ def prune(hidden: Tensor, kept: Tensor, importance: Tensor, how: Shortening) -> 
     """
     length = hidden.shape[1]
     most = num_kept(length, how.ratio, how.pruning)  # K
-    places = torch.arange(most, device=hidden.device)  # (K,)
+    # From 1, unlike the places in window_attention: the exporter would make one tensor of both, and what reads that
+    # behind the cut would need the length before the pruning.
+    ranks = torch.arange(1, most + 1, device=hidden.device)  # (K,)
     num_tokens = kept[:, 0].sum(dim=1).to(torch.int64)  # (N,); exact: it counts ones
     scores = importance + additive(kept)[:, 0]  # (N, T); padding goes first
     scores = functional.pad(scores[:, 1:], (1, 0), value=_CLS_IMPORTANCE)
     ranked = ranked_places(scores, most)  # (N, K)
-    chosen = places < how.num_kept(num_tokens, merged=False)[:, None]  # (N, K)
+    chosen = ranks <= how.num_kept(num_tokens, merged=False)[:, None]  # (N, K)
     # In their order; what was not chosen becomes padding: the last token, which is as good as any.
     order = torch.where(chosen, ranked, length - 1).topk(most, dim=1, largest=False, sorted=True).values  # (N, K)
     short = hidden.gather(1, order[:, :, None].expand(-1, -1, hidden.shape[2]))  # (N, K, d)
     left = chosen
     if how.pruning.merge:
-        left = places < how.num_kept(num_tokens, merged=True)[:, None]  # (N, K)
+        left = ranks <= how.num_kept(num_tokens, merged=True)[:, None]  # (N, K)
         mean = mean_of_dropped(hidden, kept, importance, ranked, chosen)
         short = torch.where((left & ~chosen)[:, :, None], mean[:, None], short)
     return short, left[:, None].to(hidden.dtype)
