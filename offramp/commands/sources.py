@@ -139,7 +139,6 @@ def _from_image_checkpoint(
         got = {name: array.shape for name, array in arrays.items()}
         raise DataError(f"{file} holds {got}, expected pixels (images, {', '.join(map(str, shape))}), 2 images or more")
     example = Example({"pixels": torch.from_numpy(arrays["pixels"][:_BATCH].astype(np.float32))})
-    checkpoint.model.reports_retention = checkpoint.config.pruning is not None
     source = source_from_model(path.name, checkpoint.model, example, opset, exits)
     batches = _batches(file, {"pixels": arrays["pixels"].astype(np.float32)}, source.inputs)
     return replace(source, calibration=batches, labels=checkpoint.label_names)
@@ -152,6 +151,7 @@ def _from_text_checkpoint(
 
     from offramp.export.capture import Example
     from offramp.models.data import load_tokenizer, token_ids
+    from offramp.models.encoder import EarlyExitEncoder
     from offramp.models.rows import padded
 
     assert checkpoint.tokenizer_path is not None, "a model of texts"
@@ -168,7 +168,8 @@ def _from_text_checkpoint(
         dynamic={"input_ids": axes, "attention_mask": axes},
         ranges={"sequence": (1, checkpoint.max_length)},
     )
-    checkpoint.model.reports_retention = checkpoint.config.pruning is not None
+    if isinstance(checkpoint.model, EarlyExitEncoder):
+        checkpoint.model.reports_retention = checkpoint.model.config.pruning is not None
     source = source_from_model(path.name, checkpoint.model, example, opset, exits)
     return replace(
         source,
