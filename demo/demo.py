@@ -1,7 +1,8 @@
-"""The main job, end to end, on real data: train, export, build, calibrate, measure.
+"""The main job, end to end, on real data: train, export, build, record, calibrate, certify, measure, report.
 
-Each step is what the command of the same name does. Prints a table and writes demo/result.json; leaves the bundle
-in demo/bundle for `offramp run demo/bundle`. Finished training is kept: remove demo/checkpoint to train again.
+Each step is what the command of the same name does. Prints a table and writes demo/result.json and demo/report.html;
+leaves the bundle, certified, in demo/bundle for `offramp run demo/bundle`. Finished training is kept: remove
+demo/checkpoint to train again.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from rich.table import Table
 from offramp.bundle import load_manifest
 from offramp.commands.benchmark import compare, runner_answer, uncut_answer
 from offramp.commands.dataset import ROTTEN_TOMATOES, load_dataset
+from offramp.policy import Policy
 from offramp.runtime import Runner
 from offramp.tuning.replay import accuracy, exit_shares, mean_depth, replay
 
@@ -32,6 +35,8 @@ EXITS = (0, 2, 4, 6)  # layers; 0 are the embeddings
 # Accuracy on validation that the policy may cost. On sentences that did not choose them, thresholds of 1,000 lose about
 # 0.75 points more (docs/log.md), so that 0 stays within one point on average.
 MAX_DROP = 0.0
+MAX_RISK = 0.01  # of the certificate: answers that differ from full depth's
+NAIVE = 0.9  # the threshold that everybody takes
 NUM_REQUESTS = 500
 
 
@@ -43,8 +48,12 @@ def main() -> None:
     offramp("export", HERE / "checkpoint", "-o", BUNDLE, "--precision", "fp16,int8")
     offramp("export", HERE / "static-checkpoint", "-o", STATIC, "--precision", "fp32")
     built = json.loads(offramp("build-engine", BUNDLE, "--json", capture=True))
+    offramp("trace", BUNDLE)
     offramp("calibrate", BUNDLE, "--max-drop", str(MAX_DROP))
-    result = measure()
+    fastest = Policy.from_json((BUNDLE / "policy.json").read_bytes())
+    offramp("calibrate", BUNDLE, "--max-risk", str(MAX_RISK), "--compare")
+    offramp("report", BUNDLE, "-o", HERE / "report.html")
+    result = measure(fastest)
     result["plans"] = [
         {
             "segment": plan["segment"],
@@ -78,55 +87,63 @@ def offramp(*arguments: object, capture: bool = False) -> str:
     return done.stdout or ""
 
 
-def measure() -> dict[str, Any]:
-    """Accuracy and latency of the uncut model, the bundle and the static model on the test sentences."""
-    with Runner.open(BUNDLE) as runner:
+def measure(fastest: Policy) -> dict[str, Any]:
+    """Accuracy and latency on the test sentences: uncut, static, and the bundle under three policies.
+
+    `offramp` is the `fastest` one, `certified` that of the bundle, `naive` one threshold that nobody calibrated.
+    """
+    with ExitStack() as stack:
+        runner = stack.enter_context(Runner.open(BUNDLE, require_certificate=True))
+        exits = len(runner.manifest.exits)
+        policies = {
+            "offramp": fastest,
+            "certified": runner.policy,
+            "naive": Policy.thresholds("max_prob", [NAIVE] * (exits - 1)),
+        }
         test = load_dataset(runner, ROTTEN_TOMATOES, "test")
-        trace = runner.record(test.batches, test.labels, runner.policy.temperatures, progress=True)
-        decided = replay(runner.policy, trace)
+        trace = runner.record(test.batches, test.labels, progress=True)
+        runners = {name: stack.enter_context(Runner.open(BUNDLE, policy=policy)) for name, policy in policies.items()}
         alternatives = {
             "uncut": uncut_answer(BUNDLE, runner.manifest, threads=0),
-            "offramp": runner_answer(runner),
+            **{name: runner_answer(opened) for name, opened in runners.items()},
             "static": uncut_answer(STATIC, load_manifest(STATIC), threads=0),
         }
         measured = compare(alternatives, test.rows(), test.labels, NUM_REQUESTS)
-    shares = exit_shares(decided.exit_index, trace.num_exits)
-    exits = [
-        {"accuracy": accuracy(trace.predictions[:, k], trace.labels), "share": float(share)}
-        for k, share in enumerate(shares)
-    ]
-    speedups = {f"{name}_speedup": measured["uncut"].p50_ms / measured[name].p50_ms for name in ("offramp", "static")}
-    means = {
-        f"{name}_mean_speedup": measured["uncut"].mean_ms / measured[name].mean_ms for name in ("offramp", "static")
-    }
-    return {
-        **{name: asdict(found) for name, found in measured.items()},
-        "offramp": {**asdict(measured["offramp"]), "mean_depth": mean_depth(decided.exit_index)},
-        "exits": exits,
-        "agreement_with_uncut": float(np.mean(decided.prediction == trace.predictions[:, -1])),
-        **speedups,
-        **means,
-    }
+    result: dict[str, Any] = {name: asdict(found) for name, found in measured.items()}
+    for name, found in measured.items():
+        result[name]["speedup"] = measured["uncut"].p50_ms / found.p50_ms
+        result[name]["mean_speedup"] = measured["uncut"].mean_ms / found.mean_ms
+    for name, policy in policies.items():
+        decided = replay(policy, trace)
+        shares = exit_shares(decided.exit_index, exits)
+        result[name]["agreement"] = float(np.mean(decided.prediction == trace.predictions[:, -1]))
+        result[name] |= {"mean_depth": mean_depth(decided.exit_index), "shares": shares.tolist()}
+    result["exits"] = [accuracy(trace.predictions[:, k], trace.labels) for k in range(exits)]
+    return result
 
 
 def show(result: Mapping[str, Any]) -> None:
     """The two tables of the demo."""
-    exits = Table("exit", "accuracy", "rows that leave", title="Rotten Tomatoes, 1,000 test sentences")
+    exits = Table("exit", "accuracy", "rows that leave", "certified", title="Rotten Tomatoes, 1,000 test sentences")
     for k, (layers, found) in enumerate(zip(EXITS, result["exits"], strict=True)):
-        exits.add_row(f"{k} (after {layers} layers)", f"{found['accuracy']:.3f}", f"{found['share']:.1%}")
-    models = Table("model", "accuracy", "p50 ms", "p95 ms", "mean ms", "speedup p50", "speedup mean")
-    for name in ("uncut", "offramp", "static"):
+        shares = (f"{result[name]['shares'][k]:.1%}" for name in ("offramp", "certified"))
+        exits.add_row(f"{k} (after {layers} layers)", f"{found:.3f}", *shares)
+    models = Table("model", "accuracy", "as full depth", "p50 ms", "p95 ms", "mean ms", "speedup p50", "speedup mean")
+    for name in ("uncut", "offramp", "certified", "naive", "static"):
         found, keys = result[name], ("p50_ms", "p95_ms", "mean_ms")
-        speedup = (result["uncut"][key] / found[key] for key in ("p50_ms", "mean_ms"))
-        times = (f"{found[key]:.2f}" for key in keys)
-        models.add_row(name, f"{found['accuracy']:.3f}", *times, *(f"{value:.2f}x" for value in speedup))
+        same = f"{found['agreement']:.1%}" if "agreement" in found else ""
+        speedups = (f"{found[key]:.2f}x" for key in ("speedup", "mean_speedup"))
+        models.add_row(name, f"{found['accuracy']:.3f}", same, *(f"{found[key]:.2f}" for key in keys), *speedups)
     console = Console(width=100)
     console.print(exits)
     console.print(models)
-    console.print(f"mean depth {result['offramp']['mean_depth']:.2f} of {len(result['exits'])} segments")
+    console.print(
+        f"mean depth {result['offramp']['mean_depth']:.2f}, certified {result['certified']['mean_depth']:.2f}"
+    )
     for plan in result["plans"]:
         console.print(f"segment {plan['segment']}: {plan['backend']} {plan['precision']} {plan['bytes'] / 1e6:.1f} MB")
-    console.print(f"{result['seconds']:.0f} s; try: echo 'a moving, funny film' | .venv/bin/offramp run demo/bundle")
+    console.print(f"{result['seconds']:.0f} s; the report: demo/report.html")
+    console.print("try: echo 'a moving, funny film' | .venv/bin/offramp run demo/bundle")
 
 
 if __name__ == "__main__":
