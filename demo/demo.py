@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -92,8 +91,7 @@ def measure(fastest: Policy) -> dict[str, Any]:
 
     `offramp` is the `fastest` one, `certified` that of the bundle, `naive` one threshold that nobody calibrated.
     """
-    with ExitStack() as stack:
-        runner = stack.enter_context(Runner.open(BUNDLE, require_certificate=True))
+    with Runner.open(BUNDLE, require_certificate=True) as runner:
         exits = len(runner.manifest.exits)
         policies = {
             "offramp": fastest,
@@ -102,10 +100,10 @@ def measure(fastest: Policy) -> dict[str, Any]:
         }
         test = load_dataset(runner, ROTTEN_TOMATOES, "test")
         trace = runner.record(test.batches, test.labels, progress=True)
-        runners = {name: stack.enter_context(Runner.open(BUNDLE, policy=policy)) for name, policy in policies.items()}
+        same_engines = {name: Runner(runner.engines, runner.manifest, policy) for name, policy in policies.items()}
         alternatives = {
             "uncut": uncut_answer(BUNDLE, runner.manifest, threads=0),
-            **{name: runner_answer(opened) for name, opened in runners.items()},
+            **{name: runner_answer(other) for name, other in same_engines.items()},
             "static": uncut_answer(STATIC, load_manifest(STATIC), threads=0),
         }
         measured = compare(alternatives, test.rows(), test.labels, NUM_REQUESTS)
