@@ -18,7 +18,7 @@ from typing import Any
 from offramp.errors import BundleError, CorruptError, VersionError
 from offramp.storage import remove_file, write_file
 
-SCHEMA = 2  # 2 added ExitSpec.learned and Manifest.trims
+SCHEMA = 3  # 2 added ExitSpec.learned and Manifest.trims; 3 late inputs, states, heads and decoder
 MANIFEST = "manifest.json"
 POLICY = "policy.json"
 CERTIFICATE = "certificate.json"
@@ -26,6 +26,7 @@ ROWS = "rows"  # dimension name of the row axis, and name of the input with the 
 PREVIOUS_ROWS = "previous_rows"  # leading dimension of a carried tensor as it comes in
 INVERSE_TEMPERATURE = "inverse_temperature"
 SCORES = ("max_prob", "margin", "entropy")  # columns of the `scores` output, in order
+HIDDEN = "hidden"  # the output of a segment whose exit has a separate head, and the input of that head
 LEARNED = "learned"  # the output of an exit that has a learned confidence, and the score of that name
 
 Dimension = int | str
@@ -91,6 +92,16 @@ class ExitSpec:
     name: str
     num_classes: int
     learned: str = ""  # output of the whole graph with its learned confidence; empty: it has none
+    head: str = ""  # name of its separate head; empty: the head is in the segment
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """What a segment makes for its later calls, to be appended along `axis` to what it is given as `past`."""
+
+    tensor: TensorSpec
+    past: str  # a late input
+    axis: int
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,30 @@ class SegmentSpec:
     carry_out: tuple[TensorSpec, ...]
     graphs: dict[str, FileRecord]  # precision -> ONNX graph
     plans: tuple[PlanRecord, ...] = ()
+    states: tuple[StateSpec, ...] = ()
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """A head that is a graph of its own: `hidden` (rows, width), a position each, to logits, prediction and scores."""
+
+    name: str
+    width: int
+    graphs: dict[str, FileRecord]  # precision -> ONNX graph
+    plans: tuple[PlanRecord, ...] = ()
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """How a decoder's inputs are called, and what ends a text. Keys and values are the segments' states."""
+
+    input_ids: str  # (rows, chunk)
+    past_length: str  # (rows,): positions of the past that are there
+    active: tuple[str, ...]  # per segment after the first, (rows, ·): positions of the chunk that go on
+    chunk: str  # dimension name of the new positions
+    past: str  # dimension name of the past ones
+    max_positions: int
+    stop_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,6 +174,8 @@ class Manifest:
     tools: dict[str, str] = field(default_factory=dict)
     parity: dict[str, Any] = field(default_factory=dict)
     trims: dict[str, str] = field(default_factory=dict)  # precision -> dimension: its padding may be cut off
+    heads: tuple[HeadSpec, ...] = ()  # separate ones, each perhaps of several exits
+    decoder: DecoderSpec | None = None  # for a model that generates
     schema: int = SCHEMA
 
     @property
@@ -148,6 +185,9 @@ class Manifest:
         for segment in self.segments:
             for precision in sorted(segment.graphs):
                 digest.update(f"{precision}:{segment.graphs[precision].sha256}\n".encode())
+        for head in self.heads:
+            for precision in sorted(head.graphs):
+                digest.update(f"head {precision}:{head.graphs[precision].sha256}\n".encode())
         return digest.hexdigest()
 
 
@@ -310,6 +350,10 @@ def _check_consistent(manifest: Manifest, path: Path) -> None:
         same = len(before) == len(segment.carry_in)
         if segment.index != position or not same or not names.issuperset(segment.inputs):
             raise CorruptError(f"{path}: segment {position} does not fit the one before it; export the bundle again")
+        if not {state.past for state in segment.states} <= set(segment.inputs):
+            raise CorruptError(f"{path}: segment {position} has a state of an input it lacks; export the bundle again")
+    if not {spec.head for spec in manifest.exits} <= {"", *(head.name for head in manifest.heads)}:
+        raise CorruptError(f"{path}: an exit has a head that is not there; export the bundle again")
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:

@@ -36,7 +36,7 @@ from offramp.bundle import (
 )
 from offramp.errors import BundleError, CorruptError, StorageError, VersionError
 
-LATER_FIELDS = ("learned", "trims")  # what schema 1 did not have
+LATER_FIELDS = ("learned", "trims", "head", "heads", "decoder", "states")  # what schema 1 did not have
 OLD, NEW = b'{"policy": "old"}', b'{"policy": "new"}'
 CARRY = (TensorSpec("hidden", "float32", ("rows", "sequence", 8)),)
 
@@ -166,8 +166,8 @@ def test_a_manifest_that_is_no_object_is_refused(path: Path, content: bytes) -> 
 
 
 def test_a_newer_manifest_is_told_from_a_broken_one(path: Path) -> None:
-    (path / "manifest.json").write_text('{"schema": 3, "everything": "else is unknown"}')
-    with pytest.raises(VersionError, match=r"schema 3, this offramp reads up to 2; upgrade"):
+    (path / "manifest.json").write_text('{"schema": 4, "everything": "else is unknown"}')
+    with pytest.raises(VersionError, match=r"schema 4, this offramp reads up to 3; upgrade"):
         load_manifest(path)
 
 
@@ -360,15 +360,15 @@ def test_file_records(path: Path) -> None:
 
 
 def test_a_bundle_of_schema_1_is_read_and_written_anew(path: Path) -> None:
-    """It lacks what schema 2 added; whoever updates its policy writes a manifest that says which fields it has."""
+    """It lacks what schemas 2 and 3 added; whoever updates its policy writes a manifest that says which fields it has."""
     document = json.loads((path / "manifest.json").read_text())
     document["schema"] = 1
-    for owner in (document, *document["exits"]):
+    for owner in (document, *document["exits"], *document["segments"]):
         for name in LATER_FIELDS:
             owner.pop(name, None)
     (path / "manifest.json").write_text(json.dumps(document))
     manifest = load_manifest(path)
     assert (manifest.trims, [spec.learned for spec in manifest.exits]) == ({}, ["", ""])
     replace_policy(path, NEW)
-    assert json.loads((path / "manifest.json").read_text())["schema"] == 2
+    assert json.loads((path / "manifest.json").read_text())["schema"] == 3
     assert load_manifest(path).exits == manifest.exits

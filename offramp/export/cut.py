@@ -7,9 +7,8 @@ what crosses is decided by the minimum cut; nothing here knows any particular mo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 from onnx import ModelProto, inliner
 
@@ -20,11 +19,11 @@ from offramp.export.costs import CostModel
 from offramp.export.graph import GraphView, describe_node
 from offramp.export.mincut import CutProblem, minimum_carry
 from offramp.export.probe import Probe, probe_graph
-from offramp.export.segment_graph import SegmentPlan, carry_specs, segment_graph
+from offramp.export.roles import Roles
+from offramp.export.segment_graph import SegmentPlan, carry_specs, head_graph, segment_graph, state_specs
 from offramp.export.sizes import Arrays
 
 _FLOATS = frozenset({"float16", "float32", "float64"})
-_NONE_LEARNED: Mapping[str, str] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,8 @@ class Segment:
     carry_in: tuple[TensorSpec, ...]
     carry_out: tuple[TensorSpec, ...]
     rerun: tuple[str, ...]  # operators of earlier segments that it runs again
+    inputs: tuple[str, ...] = ()  # model inputs that it is given
+    states: tuple[TensorSpec, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,7 @@ class CutModel:
     segments: tuple[Segment, ...]
     num_classes: int
     derived: Mapping[str, tuple[str, int]]  # dimension name -> a tensor of the whole graph, and its axis
+    heads: Mapping[str, ModelProto]  # exit -> its separate head, where it has one
 
 
 @dataclass(frozen=True)
@@ -64,16 +66,16 @@ def segments_from_graph(
     inputs: Sequence[InputSpec],
     dimensions: Mapping[str, DimensionSpec],
     example: Arrays,
-    learned: Mapping[str, str] = _NONE_LEARNED,
+    roles: Roles = Roles(),  # noqa: B008  (frozen)
 ) -> CutModel:
     """Cut `model` at `exits`, output names in order of depth; the last one is the final exit.
 
-    `example` maps input names to arrays with rows first; they are cut or repeated to the sizes probed. `learned`
-    maps an exit to the output with its learned confidence, where it has one: part of what this exit needs.
+    `example` maps input names to arrays with rows first; they are cut or repeated to the sizes probed. A
+    learned confidence is part of what its exit needs; so is a state that is made on the way to it.
     Raises CutError, with the tensor or operator named, when the graph cannot be cut there, and CaptureError when
     a dimension is not dynamic as declared.
     """
-    return segments_from_probed(probed_graph(model, exits, inputs, dimensions, example, learned), exits, learned)
+    return segments_from_probed(probed_graph(model, exits, inputs, dimensions, example, roles), exits, roles)
 
 
 def probed_graph(
@@ -82,24 +84,24 @@ def probed_graph(
     inputs: Sequence[InputSpec],
     dimensions: Mapping[str, DimensionSpec],
     example: Arrays,
-    learned: Mapping[str, str] = _NONE_LEARNED,
+    roles: Roles = Roles(),
 ) -> ProbedGraph:
     """`model`, found fit to be cut at `exits` or some of them, and run on `example`. Arguments and errors as above."""
     view = GraphView(inliner.inline_local_functions(model) if model.functions else model)
-    check_graph(view, exits, learned)
+    check_graph(view, exits, roles.learned)
+    _check_roles(view, exits, roles)
     return ProbedGraph(view, probe_graph(view, inputs, dimensions, example), inputs, dimensions)
 
 
-def segments_from_probed(
-    probed: ProbedGraph, exits: Sequence[str], learned: Mapping[str, str] = _NONE_LEARNED
-) -> CutModel:
-    """Cut a probed graph at `exits`. Raises CutError."""
+def segments_from_probed(probed: ProbedGraph, exits: Sequence[str], roles: Roles = Roles()) -> CutModel:
+    """Cut a probed graph at `exits`; what `roles` say of others does not count. Raises CutError."""
     view, probe, inputs = probed.view, probed.probe, probed.inputs
-    num_classes = _check_exits(probe, exits)
-    learned = {name: learned[name] for name in exits if name in learned}
-    _check_learned(probe, learned)
-    outputs = [(name, learned[name]) if name in learned else (name,) for name in exits]
-    plans = _plan_segments(view, probe, outputs, CostModel())
+    learned, heads = ({name: of[name] for name in exits if name in of} for of in (roles.learned, roles.heads))
+    roles = replace(roles, learned=learned, heads=heads)
+    num_classes = _check_exits(probe, exits, roles)
+    _check_learned(probe, roles)
+    plans = _plan_segments(view, probe, exits, roles, CostModel())
+    apart = {name: head_graph(view, probe, (name, hidden), num_classes) for name, hidden in heads.items()}
     segments: list[Segment] = []
     before: tuple[str, ...] = ()
     for index, plan in enumerate(plans):
@@ -111,41 +113,61 @@ def segments_from_probed(
                 carry_in=carry_specs(probe, before, "carry_in", PREVIOUS_ROWS),
                 carry_out=carry_specs(probe, plan.carried, "carry_out", ROWS),
                 rerun=tuple(describe_node(view.nodes[i]) for i in sorted(plan.rerun)),
+                inputs=plan.inputs,
+                states=state_specs(probe, plan.states),
             )
         )
         before = plan.carried
-    return CutModel(tuple(segments), num_classes, _derived_dimensions(probe, plans, probed.dimensions))
+    derived = _derived_dimensions(probe, plans, probed.dimensions)
+    return CutModel(tuple(segments), num_classes, derived, apart)
 
 
-def _check_exits(probe: Probe, exits: Sequence[str]) -> int:
-    """Every exit is (rows, C) floats with the same C >= 2, row by row; returns C."""
+def _check_roles(view: GraphView, exits: Sequence[str], roles: Roles) -> None:
+    """Raise CutError unless every name is one of the graph's, and some input is not late."""
+    inputs, outputs = set(view.input_names), set(view.output_names)
+    wrong = {*roles.late, *roles.states.values()} - inputs | {*roles.states, *roles.heads.values()} - outputs
+    if wrong or not set(roles.heads) <= set(exits) or inputs <= set(roles.late):
+        raise CutError(
+            f"late inputs {', '.join(roles.late) or '(none)'}, states {', '.join(roles.states) or '(none)'}, heads of "
+            f"{', '.join(roles.heads) or '(none)'}: the graph has inputs {', '.join(sorted(inputs))} (one at least "
+            f"must not be late), outputs {', '.join(sorted(outputs))} and exits {', '.join(exits)}"
+        )
+
+
+def _check_exits(probe: Probe, exits: Sequence[str], roles: Roles) -> int:
+    """Every exit is (rows, C) floats with the same C >= 2, row by row; returns C. (rows, X, C) with a separate head."""
     classes = {}
-    for name in exits:
+    for name in (*exits, *roles.heads.values()):
         facts, shape = probe.tensors[name], probe.shape(name)
         drawn = f"({', '.join(map(str, shape))})"
-        if len(shape) != 2 or not isinstance(shape[1], int) or shape[1] < 2 or facts.dtype not in _FLOATS:
+        rank = 3 if name in roles.heads or name not in exits else 2
+        if len(shape) != rank or not isinstance(shape[-1], int) or shape[-1] < 2 or facts.dtype not in _FLOATS:
             hint = "; a binary exit needs two logits, such as (0, x)" if shape[1:] == (1,) else ""
+            wanted = "(rows, classes)" if rank == 2 else "(rows, positions, classes or width)"
             raise CutError(
                 f"exit {name!r} is {facts.dtype} of shape {drawn}; expected floating-point logits of shape "
-                f"(rows, classes) with at least 2 classes{hint}"
+                f"{wanted} with at least 2 classes{hint}"
             )
         if facts.row_axis != 0:
             raise CutError(
                 f"exit {name!r} of shape {drawn}: the answer of a row changes with the other rows of its batch, or "
                 f"the batch is fixed; export in eval() with an example batch of at least 2"
             )
-        classes[name] = shape[1]
+        if name in exits:
+            classes[name] = shape[-1]
     if len(set(classes.values())) != 1:
         counts = ", ".join(f"{name} {count}" for name, count in classes.items())
         raise CutError(f"exits have different numbers of classes: {counts}; expected the same everywhere")
     return classes.popitem()[1]
 
 
-def _check_learned(probe: Probe, learned: Mapping[str, str]) -> None:
-    """Every learned confidence is (rows,) or (rows, 1) floats, row by row."""
-    for exit_name, name in learned.items():
+def _check_learned(probe: Probe, roles: Roles) -> None:
+    """Every learned confidence is (rows,) or (rows, 1) floats, or one per position, row by row."""
+    for exit_name, name in roles.learned.items():
         facts, shape = probe.tensors[name], probe.shape(name)
-        if facts.dtype not in _FLOATS or shape not in ((ROWS,), (ROWS, 1)) or facts.row_axis != 0:
+        head = roles.heads.get(exit_name)
+        fits = shape == probe.shape(head)[:2] if head else shape in ((ROWS,), (ROWS, 1))
+        if facts.dtype not in _FLOATS or not fits or facts.row_axis != 0:
             raise CutError(
                 f"learned confidence {name!r} of exit {exit_name!r} is {facts.dtype} of shape "
                 f"({', '.join(map(str, shape))}); expected floating-point probabilities of shape (rows,) or (rows, 1), "
@@ -154,9 +176,9 @@ def _check_learned(probe: Probe, learned: Mapping[str, str]) -> None:
 
 
 def _plan_segments(
-    view: GraphView, probe: Probe, exits: Sequence[tuple[str, ...]], costs: CostModel
+    view: GraphView, probe: Probe, exits: Sequence[str], roles: Roles, costs: CostModel
 ) -> list[SegmentPlan]:
-    """Minimum cuts at all boundaries, with shapes read off what each segment has; `exits` are their outputs.
+    """Minimum cuts at all boundaries, with shapes read off what each segment has.
 
     A Shape operator needs lengths, not data: where its tensor is not at hand, the lengths come from a carried
     tensor of the same law. Where no carried tensor has that law, or the law is not one because values decide the
@@ -165,10 +187,16 @@ def _plan_segments(
     shapes = {i: node.input[0] for i, node in enumerate(view.nodes) if node.op_type == "Shape"}
     lawless = view.data_shaped | {name for name, facts in probe.tensors.items() if facts.dtype == "none"}
     pinned = frozenset(i for i, name in shapes.items() if name not in probe.tensors or name in lawless)
+    late = view.made_from(roles.late)
     while True:
-        reads = [() if i in shapes and i not in pinned else read for i, read in enumerate(view.reads)]
+        reads = [
+            () if i in shapes and i not in pinned else tuple(name for name in read if name not in roles.late)
+            for i, read in enumerate(view.reads)
+        ]
         problem = costs.problem(view, probe, reads)
-        plans = _cut_boundaries(view, problem, reads, exits, probe)
+        problem = replace(problem, carry_ns={name: None if name in late else ns for name, ns in problem.carry_ns.items()})
+        plans = _cut_boundaries(view, problem, reads, _outputs(view, exits, roles, reads), probe)
+        plans = [_with_inputs(view, plan, roles) for plan in plans]
         resolved = [plan.with_sources(view, probe) for plan in plans]
         unresolved = frozenset().union(*(plan.unresolved for plan in resolved))
         if not unresolved:
@@ -176,33 +204,72 @@ def _plan_segments(
         pinned |= unresolved
 
 
+@dataclass(frozen=True)
+class _Outputs:
+    """What leaves the whole graph at each exit, E of each."""
+
+    answers: Sequence[tuple[str, ...]]  # logits or what the separate head reads; then the learned confidence
+    states: Sequence[tuple[str, ...]]
+    has_head: Sequence[bool]
+
+    def upto(self, index: int) -> Iterator[str]:
+        return itertools.chain(*self.answers[: index + 1], *self.states[: index + 1])
+
+    def after(self, index: int) -> Iterator[str]:
+        return itertools.chain(*self.answers[index + 1 :], *self.states[index + 1 :])
+
+
+def _outputs(view: GraphView, exits: Sequence[str], roles: Roles, reads: Sequence[Sequence[str]]) -> _Outputs:
+    """The outputs by exit; a state belongs to the first exit on whose way it is made, or else to the final one."""
+    answers = [
+        (roles.heads.get(name, name), *((roles.learned[name],) if name in roles.learned else ())) for name in exits
+    ]
+    states: list[tuple[str, ...]] = []
+    left = list(roles.states)
+    for index in range(len(exits)):
+        existing = view.upstream(itertools.chain(*answers[: index + 1]), reads)
+        is_final = index + 1 == len(exits)
+        states.append(tuple(name for name in left if is_final or view.producer[name] in existing))
+        left = [name for name in left if name not in states[-1]]
+    return _Outputs(answers, states, [name in roles.heads for name in exits])
+
+
+def _with_inputs(view: GraphView, plan: SegmentPlan, roles: Roles) -> SegmentPlan:
+    """The plan with the model inputs that its segment is given: late ones where they are read."""
+    read = {name for index in plan.nodes for name in view.reads[index]}
+    given = [name for name in view.input_names if (name in read if name in roles.late else plan.index == 0)]
+    return replace(plan, inputs=tuple(given))
+
+
 def _cut_boundaries(
     view: GraphView,
     problem: CutProblem,
     reads: Sequence[Sequence[str]],
-    exits: Sequence[tuple[str, ...]],
+    exits: _Outputs,
     probe: Probe,
 ) -> list[SegmentPlan]:
     plans: list[SegmentPlan] = []
     before: tuple[str, ...] = ()
     rerun: frozenset[int] = frozenset()
-    for index, outputs in enumerate(exits):
-        existing = view.upstream(itertools.chain(*exits[: index + 1]), reads)
+    for index, outputs in enumerate(exits.answers):
+        existing = view.upstream(exits.upto(index), reads)
         carried: tuple[str, ...] = ()
         rerun_next: frozenset[int] = frozenset()
-        if index + 1 < len(exits):
-            if ready := [name for name in exits[index + 1] if view.producer[name] in existing]:
+        if index + 1 < len(exits.answers):
+            if ready := [name for name in exits.answers[index + 1] if view.producer[name] in existing]:
                 raise CutError(
                     f"exit {ready[0]!r} adds nothing to exit {outputs[0]!r}; list the exits in order of "
                     f"depth, or drop one of them"
                 )
-            later = view.upstream(itertools.chain(*exits[index + 1 :]), reads)
+            later = view.upstream(exits.after(index), reads)
             carry = minimum_carry(problem, existing, later - existing)
             if carry.forbidden:
                 raise CutError(_explain_forbidden(probe, outputs[0], carry.forbidden))
             carried, rerun_next = carry.tensors, carry.rerun
-        nodes = view.upstream((*outputs, *carried), reads, frozenset(before))
-        plans.append(SegmentPlan(index, outputs, before, carried, nodes, rerun & nodes))
+        states = exits.states[index]
+        nodes = view.upstream((*outputs, *states, *carried), reads, frozenset(before))
+        plan = SegmentPlan(index, outputs, before, carried, nodes, rerun & nodes)
+        plans.append(replace(plan, states=states, has_separate_head=exits.has_head[index]))
         before, rerun = carried, rerun_next
     return plans
 

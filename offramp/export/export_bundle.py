@@ -34,6 +34,7 @@ from offramp.export.graph import GraphView, weight_share
 from offramp.export.lower import fp16_from_segment
 from offramp.export.probe import run_tensors
 from offramp.export.quantize import int8_from_segment
+from offramp.export.roles import Roles
 from offramp.export.sizes import resize_inputs
 from offramp.export.source import ModelSource
 from offramp.export.trim import verified_trims
@@ -101,9 +102,8 @@ def export_bundle(
     """
     check_target(bundle)
     progress("cutting")
-    cut = segments_from_graph(
-        source.graph, source.exits, source.inputs, source.dimensions, source.example, source.learned
-    )
+    roles = Roles(source.learned, source.late)
+    cut = segments_from_graph(source.graph, source.exits, source.inputs, source.dimensions, source.example, roles)
     dimensions = _ranges(source, cut)
     batches = source.calibration[:_VERIFIED_BATCHES]
     progress("verifying FP32")
@@ -244,7 +244,7 @@ def _manifest(
     segments = tuple(
         SegmentSpec(
             index=segment.index,
-            inputs=tuple(spec.name for spec in source.inputs) if segment.index == 0 else (),
+            inputs=segment.inputs,
             carry_in=segment.carry_in,
             carry_out=segment.carry_out,
             graphs={precision: records[segment.index][0] for precision, records in files.items()},

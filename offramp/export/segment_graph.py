@@ -10,13 +10,14 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, checker, helper, numpy_helper
 
-from offramp.bundle import INVERSE_TEMPERATURE, LEARNED, PREVIOUS_ROWS, ROWS, Dimension, InputSpec, TensorSpec
+from offramp.bundle import HIDDEN, INVERSE_TEMPERATURE, LEARNED, PREVIOUS_ROWS, ROWS, Dimension, InputSpec, TensorSpec
 from offramp.errors import CutError
 from offramp.export.graph import GraphView, read_names, rename_tensors, walk_nodes
 from offramp.export.probe import Probe
 from offramp.export.score_head import PREFIX, learned_head, score_head
 from offramp.export.simplify import simplify_graph
 
+LOGITS = "logits"
 _MAX_PROTOBUF_BYTES = 2**31 - 1  # protobuf's limit for one message
 
 Source = tuple[str, int] | int  # an axis of a tensor at hand, or a length that never changes
@@ -34,10 +35,13 @@ class SegmentPlan:
     rerun: frozenset[int]
     sources: dict[int, tuple[Source, ...]] = field(default_factory=dict)  # Shape node -> where its lengths are
     unresolved: frozenset[int] = frozenset()  # Shape nodes whose lengths nothing at hand has
+    inputs: tuple[str, ...] = ()  # model inputs that it is given
+    states: tuple[str, ...] = ()  # what it makes for later calls
+    has_separate_head: bool = False  # the first output is what that head reads, not logits
 
     def with_sources(self, view: GraphView, probe: Probe) -> SegmentPlan:
         """The plan with a source for every length that is taken of a tensor which this segment lacks."""
-        given = self.carried_in if self.index else view.input_names
+        given = (*self.carried_in, *self.inputs)
         at_hand = {name for index in self.nodes for name in view.nodes[index].output} | set(given)
         sources: dict[int, tuple[Source, ...]] = {}
         unresolved = set()
@@ -73,6 +77,14 @@ def carry_specs(probe: Probe, names: Sequence[str], prefix: str, rows: str) -> t
     return tuple(specs)
 
 
+def state_specs(probe: Probe, names: Sequence[str]) -> tuple[TensorSpec, ...]:
+    """The interface of states, under their own names. Raises CutError for one without rows on its first axis."""
+    for name in names:
+        if probe.tensors[name].row_axis != 0:
+            raise CutError(f"state {name!r} of shape {probe.shape(name)}: expected one whose first axis is the row axis")
+    return tuple(TensorSpec(name, probe.tensors[name].dtype, probe.shape(name)) for name in names)
+
+
 def segment_graph(
     view: GraphView, probe: Probe, plan: SegmentPlan, inputs: Sequence[InputSpec], num_classes: int
 ) -> ModelProto:
@@ -82,8 +94,11 @@ def segment_graph(
     """
     carry_in = carry_specs(probe, plan.carried_in, "carry_in", PREVIOUS_ROWS)
     carry_out = carry_specs(probe, plan.carried, "carry_out", ROWS)
-    outputs = {"logits": plan.outputs[0]}
+    states = state_specs(probe, plan.states)
+    outputs = {HIDDEN if plan.has_separate_head else LOGITS: plan.outputs[0]}
+    outputs |= {LEARNED: name for name in plan.outputs[1:] if plan.has_separate_head}
     outputs |= {spec.name: name for spec, name in zip(carry_out, plan.carried, strict=True)}
+    outputs |= {name: name for name in plan.states}
     names = _names(view, probe, plan, outputs)
     head_nodes, head_constants = _head(probe, plan, names, num_classes, view.opset)
     constants: dict[str, TensorProto] = {}
@@ -93,32 +108,73 @@ def segment_graph(
             nodes += _shape_nodes(view.nodes[index], plan.sources[index], names, constants, view.opset)
         else:
             nodes.append(rename_tensors(view.nodes[index], names))
-    nodes += [_output_node(probe, name, names, output) for output, name in outputs.items() if names.get(name) != output]
+    nodes += [_output_node(probe, name, names, output) for output, name in outputs.items() if names.get(name, name) != output]
+    graph = GraphProto(
+        name=f"segment_{plan.index:02d}",
+        node=[*nodes, *head_nodes],
+        initializer=[*_weights(view, nodes, names), *constants.values(), *head_constants],
+        input=_input_values(plan, inputs, carry_in),
+        output=[_value(spec.name, spec.dtype, spec.shape) for spec in (*carry_out, *states)],
+        value_info=_inner_values(view, probe, nodes, names, set(outputs)),
+    )
+    if plan.has_separate_head:
+        said = [name for name in (HIDDEN, LEARNED) if name in outputs]
+        graph.output.extend(_value(name, "float32", probe.shape(outputs[name])) for name in said)
+    else:
+        graph.output.extend(_answer_values(num_classes, has_learned=len(plan.outputs) > 1))
+    simplify_graph(graph)
+    return _finish(view.model, graph)
+
+
+def head_graph(view: GraphView, probe: Probe, exit_and_hidden: tuple[str, str], num_classes: int) -> ModelProto:
+    """A separate head: from `hidden` (rows, width), a position each, to what any exit says. Raises CutError."""
+    name, hidden = exit_and_hidden
+    indices = view.upstream([name], view.reads, frozenset({hidden}))
+    read = {tensor for index in indices for tensor in view.reads[index]}
+    if needed := sorted(read & set(view.input_names)):
+        raise CutError(f"exit {name!r} has a separate head on {hidden!r} but reads {', '.join(needed)} besides")
+    names = {tensor: f"head/{tensor}" for tensor in {hidden, *(made for i in indices for made in view.nodes[i].output)}}
+    nodes, constants = score_head(num_classes, view.opset)
+    as_rows = numpy_helper.from_array(np.array([-1, num_classes], np.int64), f"{PREFIX}one_position_a_row")
+    middle = numpy_helper.from_array(np.array([1], np.int64), f"{PREFIX}position_axis")
+    body = [rename_tensors(view.nodes[index], names) for index in sorted(indices)]
+    flat = f"{PREFIX}flat" if probe.tensors[name].dtype != "float32" else LOGITS
+    body = [
+        helper.make_node("Unsqueeze", [HIDDEN, middle.name], [names[hidden]], f"{PREFIX}Unsqueeze"),
+        *body,
+        helper.make_node("Reshape", [names[name], as_rows.name], [flat], f"{PREFIX}Reshape/logits"),
+    ]
+    if flat != LOGITS:
+        body.append(helper.make_node("Cast", [flat], [LOGITS], f"{PREFIX}Cast/logits", to=TensorProto.FLOAT))
+    graph = GraphProto(
+        name="head",
+        node=[*body, *nodes],
+        initializer=[*_weights(view, body, names), as_rows, middle, *constants],
+        input=[
+            _value(HIDDEN, probe.tensors[hidden].dtype, (ROWS, probe.shape(hidden)[-1])),
+            _value(INVERSE_TEMPERATURE, "float32", ()),
+        ],
+        output=_answer_values(num_classes, has_learned=False),
+    )
+    return _finish(view.model, graph)
+
+
+def _weights(view: GraphView, nodes: Sequence[NodeProto], names: Mapping[str, str]) -> list[TensorProto]:
+    """The constants that `nodes` read, under their new names."""
     used = {name for node in nodes for name in read_names(node)}
-    initializers = [
+    return [
         _renamed(tensor, names.get(name, name))
         for name, tensor in view.initializers.items()
         if names.get(name, name) in used
     ]
-    graph = GraphProto(
-        name=f"segment_{plan.index:02d}",
-        node=[*nodes, *head_nodes],
-        initializer=[*initializers, *constants.values(), *head_constants],
-        input=[*_input_values(plan, inputs, carry_in), _value(INVERSE_TEMPERATURE, "float32", ())],
-        output=[
-            *(_value(spec.name, spec.dtype, spec.shape) for spec in carry_out),
-            *_answer_values(num_classes, has_learned=len(plan.outputs) > 1),
-        ],
-        value_info=_inner_values(view, probe, nodes, names, set(outputs)),
-    )
-    simplify_graph(graph)
-    return _finish(view.model, graph)
 
 
 def _head(
     probe: Probe, plan: SegmentPlan, names: Mapping[str, str], num_classes: int, opset: int
 ) -> tuple[list[NodeProto], list[TensorProto]]:
     """What turns the exit's own outputs into those of the contract."""
+    if plan.has_separate_head:
+        return [], []
     nodes, constants = score_head(num_classes, opset)
     for tensor in plan.outputs[1:]:
         more_nodes, more_constants = learned_head(names.get(tensor, tensor), probe.tensors[tensor].dtype)
@@ -129,8 +185,9 @@ def _head(
 def _names(view: GraphView, probe: Probe, plan: SegmentPlan, outputs: Mapping[str, str]) -> dict[str, str]:
     """New names for tensors of the whole graph: those that the contract asks for, and others that are in its way."""
     carries = {f"carry_{way}_{position}" for way in ("in", "out") for position in range(len(view.producer))}
-    reserved = {"logits", "prediction", "scores", ROWS, INVERSE_TEMPERATURE, *(carries & view.names)}
+    reserved = {LOGITS, "prediction", "scores", ROWS, INVERSE_TEMPERATURE, *(carries & view.names)}
     reserved |= {LEARNED} if len(plan.outputs) > 1 else set()
+    reserved |= {HIDDEN} if plan.has_separate_head else set()
     if taken := reserved.intersection(view.input_names):
         raise CutError(f"model input {', '.join(sorted(taken))}: offramp uses this name itself; rename the input")
     names = {}
@@ -138,6 +195,7 @@ def _names(view: GraphView, probe: Probe, plan: SegmentPlan, outputs: Mapping[st
         free = next(text for count in itertools.count() if (text := f"{name}:{count}") not in view.names)
         names[name] = free
     made = {name for index in plan.nodes for name in view.nodes[index].output} | set(plan.carried_in)
+    made -= set(plan.states)  # they keep their names
     named: dict[str, str] = {}
     for output, name in outputs.items():
         if name in made and name not in named and not _output_operator(probe, name, output):
@@ -179,7 +237,7 @@ def _output_node(probe: Probe, name: str, names: Mapping[str, str], output: str)
 def _output_operator(probe: Probe, name: str, output: str) -> str:
     """What has to be done to a tensor to become an output of the contract; empty when nothing has."""
     facts = probe.tensors[name]
-    if output == "logits":
+    if output in (LOGITS, HIDDEN, LEARNED):
         return "" if facts.dtype == "float32" else "Cast"
     return "Transpose" if facts.row_axis else ""
 
@@ -232,15 +290,15 @@ def _laws_taken(probe: Probe, node: NodeProto) -> tuple[tuple[int, ...], ...]:
 def _input_values(
     plan: SegmentPlan, inputs: Sequence[InputSpec], carry_in: Sequence[TensorSpec]
 ) -> list[ValueInfoProto]:
-    if plan.index == 0:
-        return [_value(spec.name, spec.dtype, spec.shape) for spec in inputs]
-    carried = [_value(spec.name, spec.dtype, spec.shape) for spec in carry_in]
-    return [_value(ROWS, "int64", (ROWS,)), *carried]
+    values = [_value(ROWS, "int64", (ROWS,))] if plan.index else []
+    values += [_value(spec.name, spec.dtype, spec.shape) for spec in carry_in]
+    values += [_value(spec.name, spec.dtype, spec.shape) for spec in inputs if spec.name in plan.inputs]
+    return values if plan.has_separate_head else [*values, _value(INVERSE_TEMPERATURE, "float32", ())]
 
 
 def _answer_values(num_classes: int, has_learned: bool) -> list[ValueInfoProto]:
     values = [
-        _value("logits", "float32", (ROWS, num_classes)),
+        _value(LOGITS, "float32", (ROWS, num_classes)),
         _value("prediction", "int64", (ROWS,)),
         _value("scores", "float32", (ROWS, 3)),
     ]

@@ -55,6 +55,7 @@ class ModelSource:
     labels: tuple[str, ...] = ()
     text: TextSource | None = None
     learned: Mapping[str, str] = field(default_factory=dict)  # exit -> the output with its learned confidence
+    late: tuple[str, ...] = ()  # inputs given to the segments that read them, never carried (export/roles.py)
 
 
 def source_from_model(name: str, model: Any, example: Example, opset: int, exits: Sequence[str] = ()) -> ModelSource:
