@@ -69,8 +69,10 @@ class Chain:
         """All outputs of one segment at temperature 1, by name."""
         session = self.sessions[index]
         names = [output.name for output in session.get_outputs()]
+        if any(given.name == INVERSE_TEMPERATURE for given in session.get_inputs()):
+            feed = {**feed, INVERSE_TEMPERATURE: np.array(1, np.float32)}
         try:
-            values = session.run(names, {**feed, INVERSE_TEMPERATURE: np.array(1, np.float32)})
+            values = session.run(names, feed)
         except Exception as exc:
             raise ParityError(f"ONNX Runtime does not run segment {index}: {exc}; please report this model") from exc
         return dict(zip(names, values, strict=True))

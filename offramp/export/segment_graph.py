@@ -133,11 +133,16 @@ def head_graph(view: GraphView, probe: Probe, exit_and_hidden: tuple[str, str], 
     read = {tensor for index in indices for tensor in view.reads[index]}
     if needed := sorted(read & set(view.input_names)):
         raise CutError(f"exit {name!r} has a separate head on {hidden!r} but reads {', '.join(needed)} besides")
-    names = {tensor: f"head/{tensor}" for tensor in {hidden, *(made for i in indices for made in view.nodes[i].output)}}
+    # Named by position, so that exits with the same head have the same graph.
+    made = [hidden, *(made for index in sorted(indices) for made in view.nodes[index].output)]
+    weights = [tensor for index in sorted(indices) for tensor in view.reads[index] if tensor in view.initializers]
+    names = {tensor: f"head/{position}" for position, tensor in enumerate(dict.fromkeys([*made, *weights]))}
     nodes, constants = score_head(num_classes, view.opset)
     as_rows = numpy_helper.from_array(np.array([-1, num_classes], np.int64), f"{PREFIX}one_position_a_row")
     middle = numpy_helper.from_array(np.array([1], np.int64), f"{PREFIX}position_axis")
     body = [rename_tensors(view.nodes[index], names) for index in sorted(indices)]
+    for position, node in enumerate(body):
+        node.name = f"head/{node.op_type}/{position}"
     flat = f"{PREFIX}flat" if probe.tensors[name].dtype != "float32" else LOGITS
     body = [
         helper.make_node("Unsqueeze", [HIDDEN, middle.name], [names[hidden]], f"{PREFIX}Unsqueeze"),

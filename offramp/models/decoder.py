@@ -60,11 +60,11 @@ class DecoderConfig:
 
 
 class ExitSaid(NamedTuple):
-    """What one exit says about its positions (N, A): those that are active where its segment ends."""
+    """What one exit says about the T positions of a chunk; it means something for those active until there."""
 
-    logits: Tensor  # (N, A, V)
-    hidden: Tensor  # (N, A, d): what its vocabulary head reads
-    gate: Tensor | None  # (N, A) in [0, 1]
+    logits: Tensor  # (N, T, V)
+    hidden: Tensor  # (N, T, d): what its vocabulary head reads
+    gate: Tensor | None  # (N, T) in [0, 1]
 
 
 class Said(NamedTuple):
@@ -77,7 +77,7 @@ class Said(NamedTuple):
 class Places(NamedTuple):
     """Where the positions of a chunk are, as the layers of one segment need it. Q = A x heads per key/value head."""
 
-    flat: Tensor | None  # (N, A): the active ones among the chunk's N x T; None: all
+    active: tuple[Tensor, Tensor] | None  # row (N, 1) and position (N, A) of the active ones; None: all
     query_turn: tuple[Tensor, Tensor]  # cosines, sines: (N, A, 1, 1, D)
     key_turn: tuple[Tensor, Tensor]  # (N, T, 1, D)
     mask: Tensor  # (N, 1, Q, P + T): 0 or MASKED_SCORE
@@ -121,17 +121,17 @@ class DecoderLayer(nn.Module):
         `chunk` (N, T, d) holds the hidden states at the last exit; active ones have gone on since. `past` has keys and
         values (N, K, P, D).
         """
-        normed = self.attention_norm(active if places.flat is None else scattered(chunk, places.flat, active))
+        normed = self.attention_norm(active if places.active is None else chunk.index_put(places.active, active))
         keys = turned(self._heads(self.key(normed)), places.key_turn).transpose(1, 2)  # (N, K, T, D)
         values = self._heads(self.value(normed)).transpose(1, 2)
-        queries = self.query(normed if places.flat is None else gathered(normed, places.flat))
+        queries = self.query(normed if places.active is None else normed[places.active])
         active = active + self.out(self._attended(queries, keys, values, places, past))
         normed = self.ffn_norm(active)
         return active + self.down(functional.silu(self.gate(normed)) * self.up(normed)), (keys, values)
 
     def _heads(self, projected: Tensor) -> Tensor:
         """(N, T, K x D) to (N, T, K, D)."""
-        return projected.unflatten(-1, (self.kv_heads, -1))
+        return projected.view(*projected.shape[:2], self.kv_heads, -1)
 
     def _attended(
         self, queries: Tensor, keys: Tensor, values: Tensor, places: Places, past: tuple[Tensor, Tensor]
@@ -141,13 +141,13 @@ class DecoderLayer(nn.Module):
         Joining would copy all keys and values for every token. Heads that share keys are rows of one product.
         """
         rows, length = queries.shape[:2]
-        split = turned(queries.unflatten(-1, (self.kv_heads, self.group, -1)), places.query_turn)  # (N, A, K, G, D)
+        split = turned(queries.view(rows, length, self.kv_heads, self.group, -1), places.query_turn)  # (N, A, K, G, D)
         together = split.transpose(1, 2).flatten(2, 3)  # (N, K, A x G, D)
         scores = torch.cat([together @ past[0].transpose(2, 3), together @ keys.transpose(2, 3)], -1)
         weights = (scores + places.mask).softmax(-1)  # (N, K, A x G, P + T)
         number = past[0].shape[2]
         mixed = weights[..., :number] @ past[1] + weights[..., number:] @ values  # (N, K, A x G, D)
-        apart = mixed.unflatten(2, (length, self.group)).transpose(1, 2)  # (N, A, K, G, D)
+        apart = mixed.view(rows, self.kv_heads, length, self.group, -1).transpose(1, 2)  # (N, A, K, G, D)
         return apart.flatten(2)
 
 
@@ -199,13 +199,13 @@ class EarlyExitDecoder(nn.Module):
         said, present, depth = Said([], []), [], 0
         for index, (until, leave) in enumerate(zip(self.config.exits, self.exits, strict=True)):
             places = self.places(past_length, shape, active[index - 1] if index else None)
-            now = hidden if places.flat is None else gathered(hidden, places.flat)  # (N, A, d)
+            now = hidden if places.active is None else hidden[places.active]  # (N, A, d)
             for layer in self.layers[depth:until]:
                 now, made = layer(now, hidden, places, past[depth])
                 present.append(made)
                 depth += 1
-            hidden = now if places.flat is None else scattered(hidden, places.flat, now)
-            said.exits.append(self._said(leave, now))
+            hidden = now if places.active is None else hidden.index_put(places.active, now)
+            said.exits.append(self._said(leave, hidden))
         return Said(said.exits, present)
 
     def places(self, past_length: Tensor, shape: tuple[int, int], active: Tensor | None) -> Places:
@@ -213,13 +213,14 @@ class EarlyExitDecoder(nn.Module):
         chunk, number = shape
         group = self.config.heads // self.config.kv_heads
         steps = torch.arange(chunk, device=past_length.device)  # (T,)
-        positions = past_length[:, None] + steps  # (N, T)
+        last = self.config.max_positions - 1  # only padding lies beyond
+        positions = (past_length[:, None] + steps).clamp(max=last)  # (N, T)
         key_turn = tuple(functional.embedding(positions, table)[:, :, None] for table in (self.cosines, self.sines))
-        flat, asking = None, steps[None]
+        index, asking = None, steps[None]
         query_turn = tuple(table[:, :, None] for table in key_turn)
         if active is not None:
-            flat = active + chunk * torch.arange(active.shape[0], device=active.device)[:, None]
-            asking, placed = active, past_length[:, None] + active  # (N, A)
+            index = torch.arange(active.shape[0], device=active.device)[:, None], active
+            asking, placed = active, (past_length[:, None] + active).clamp(max=last)  # (N, A)
             query_turn = tuple(functional.embedding(placed, table)[:, :, None, None] for table in (self.cosines, self.sines))
         asking = asking.repeat_interleave(group, 1)  # (N, Q)
         is_past = torch.arange(number, device=steps.device) < past_length[:, None]  # (N, P)
@@ -227,23 +228,14 @@ class EarlyExitDecoder(nn.Module):
         is_before = (steps <= asking[:, :, None]).expand(is_past.shape[0], -1, -1)  # (N, Q, T)
         seen = torch.cat([is_past, is_before], -1)[:, None]
         mask = torch.where(seen, 0.0, MASKED_SCORE)
-        return Places(flat, (query_turn[0], query_turn[1]), (key_turn[0], key_turn[1]), mask)
+        return Places(index, (query_turn[0], query_turn[1]), (key_turn[0], key_turn[1]), mask)
 
-    def _said(self, leave: DecoderExit, hidden: Tensor) -> ExitSaid:
+    def _said(self, leave: nn.Module, hidden: Tensor) -> ExitSaid:
+        assert isinstance(leave, DecoderExit)
         normed = leave.norm(hidden)
         head = self.embedding.weight if leave.head is None else leave.head.weight
         gate = None if leave.gate is None else leave.gate(normed)[..., 0].sigmoid()
         return ExitSaid(functional.linear(normed, head), normed, gate)
-
-
-def gathered(chunk: Tensor, flat: Tensor) -> Tensor:
-    """The positions `flat` (N, A) of the chunk (N, T, d): (N, A, d)."""
-    return functional.embedding(flat, chunk.flatten(0, 1))
-
-
-def scattered(chunk: Tensor, flat: Tensor, states: Tensor) -> Tensor:
-    """The chunk (N, T, d) with the positions `flat` (N, A) replaced by `states` (N, A, d)."""
-    return chunk.flatten(0, 1).index_put((flat,), states).view_as(chunk)
 
 
 def turned(heads: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:

@@ -118,6 +118,24 @@ class OnnxRuntimeEngine:
         self._session = None
 
 
+class OnnxRuntimeGraph:
+    """One graph in one InferenceSession, names to arrays and back: what a decoder is made of."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, name: str) -> None:
+        self._session, self._name = session, name
+
+    def run(self, outputs: Sequence[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """The outputs of these names. Raises BackendError."""
+        try:
+            values: list[NDArray[Any]] = self._session.run(outputs, feed)
+        except Exception as exc:  # ONNX Runtime's errors have no common base below Exception
+            shapes = ", ".join(f"{name} {array.shape}" for name, array in feed.items())
+            raise BackendError(
+                f"running {self._name} of a decoder with ONNX Runtime {onnxruntime.__version__} on {shapes}: {exc}"
+            ) from exc
+        return values
+
+
 def open_onnxruntime_engines(bundle: Path, manifest: Manifest, precision: str, threads: int) -> list[OnnxRuntimeEngine]:
     """One engine per segment, from the graphs of `precision`; `threads=0` is ONNX Runtime's default.
 
