@@ -59,6 +59,11 @@ class Decoder:
         """How many positions of each slot segment `index` has processed, (slots,): to be read only."""
         return self._caches[index].lengths
 
+    def cached(self, index: int, slot: int) -> dict[str, NDArray[Any]]:
+        """Keys and values that segment `index` has of a slot, (heads, positions, width) by the name of the input."""
+        past = self._caches[index].past(slot, slot + 1)
+        return {name: array[0, :, : self.filled(index)[slot]] for name, array in past.items()}
+
     def clear(self, slot: int, length: int = 0) -> None:
         """Forget all positions of a slot from `length` on, in all segments."""
         for cache in self._caches:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle import Manifest, load_manifest, read_file, read_policy
+from offramp.bundle import ROWS, Manifest, load_manifest, read_file, read_policy
 from offramp.errors import InputError, OptionError
 from offramp.policy import Policy
 from offramp.runtime.decoder import Decoder, open_decoder
@@ -26,6 +26,7 @@ from offramp.runtime.sampling import Sampling, sampled
 from offramp.runtime.stepping import Decided, Stepper
 from offramp.runtime.text import Detokenizer
 
+_USUAL_BATCH = 8
 MODES = ("deferred", "copy", "lossless")
 
 
@@ -99,9 +100,11 @@ class Generator:
         policy: Policy | None = None,
         precision: str = "fp32",
         threads: int = 0,
-        max_batch: int = 8,
+        max_batch: int = 0,
     ) -> Generator:
         """A generator over the bundle in directory `bundle`; `policy=None` takes the bundle's own.
+
+        `max_batch` prompts are continued together; 0: 8, or what the bundle takes if that is less.
 
         Raises OptionError, BundleError (CorruptError, VersionError) or BackendError.
         """
@@ -109,7 +112,8 @@ class Generator:
         manifest: Manifest = load_manifest(path)
         chosen = Policy.from_json(read_policy(path, manifest)) if policy is None else policy
         tokenizer = read_file(path, manifest.text.tokenizer) if manifest.text else b""
-        return cls(open_decoder(path, manifest, precision, threads, max_batch), chosen, tokenizer)
+        slots = max_batch or min(_USUAL_BATCH, manifest.dimensions[ROWS].max)
+        return cls(open_decoder(path, manifest, precision, threads, slots), chosen, tokenizer)
 
     @property
     def policy(self) -> Policy:
