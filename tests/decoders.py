@@ -15,7 +15,9 @@ from offramp.models.llama import decoder_from_llama
 
 VOCABULARY, LAYERS, POSITIONS, CHUNK, ROWS = 211, 3, 96, 24, 6
 EXITS = (1, 2, 3)
-PROMPTS = tuple([(7 * n + 3 * at * at + 11) % VOCABULARY for at in range(length)] for n, length in enumerate((3, 9, 1, 30, 5)))
+PROMPTS = tuple(
+    [(7 * n + 3 * at * at + 11) % VOCABULARY for at in range(length)] for n, length in enumerate((3, 9, 1, 30, 5))
+)
 
 
 @cache

@@ -360,7 +360,7 @@ def test_file_records(path: Path) -> None:
 
 
 def test_a_bundle_of_schema_1_is_read_and_written_anew(path: Path) -> None:
-    """It lacks what schemas 2 and 3 added; whoever updates its policy writes a manifest that says which fields it has."""
+    """It lacks what schemas 2 and 3 added; whoever updates its policy writes a manifest that says what it has."""
     document = json.loads((path / "manifest.json").read_text())
     document["schema"] = 1
     for owner in (document, *document["exits"], *document["segments"]):

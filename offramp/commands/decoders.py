@@ -14,11 +14,11 @@ _VERIFYING = (  # when the caller has no text of their own: enough to compare tw
     "The harbour lay quiet in the early morning, and only the gulls were busy along the empty quays, where nets hung "
     "out to dry and the boats of the fishermen knocked softly against the stones, waiting for the tide to turn again.",
     "To sort a list of numbers, one can compare neighbours and exchange them where they stand in the wrong order; this "
-    "is repeated until nothing changes any more. It is easy to write and slow to run: the number of steps is quadratic.",
+    "is repeated until nothing changes any more. It is easy to write and slow to run: it takes quadratic time.",
     "Question: How many sides has a hexagon, and how large is the sum of its angles? Answer: A hexagon has six sides, "
     "and since it can be divided into four triangles of 180 degrees each, the sum of its angles is 720 degrees.",
-    "Dear Sir, I thank you for your letter of the third of May, in which you ask whether the house by the river is still "
-    "to let. It is, and I should be glad to show it to you on any day of next week that is convenient for you and yours.",
+    "Dear Sir, I thank you for your letter of the third of May, in which you ask whether the house by the river is "
+    "still to let. It is, and I should be glad to show it to you on any day of next week that suits you and yours.",
 )
 
 
@@ -31,7 +31,12 @@ def is_decoder(path: Path) -> bool:
 
 
 def export_llama(
-    path: Path, output: Path, layers: Sequence[int], options: ExportOptions, progress: Progress, texts: Sequence[str] = ()
+    path: Path,
+    output: Path,
+    layers: Sequence[int],
+    options: ExportOptions,
+    progress: Progress,
+    texts: Sequence[str] = (),
 ) -> Manifest:
     """Export the Llama-like model at `path` with exits after these numbers of layers (the last layer is added).
 
@@ -65,4 +70,3 @@ def export_llama(
 
 def _as_list(value: int | Sequence[int] | None) -> Sequence[int]:
     return [value] if isinstance(value, int) else (value or [])
-

@@ -194,7 +194,9 @@ def _plan_segments(
             for i, read in enumerate(view.reads)
         ]
         problem = costs.problem(view, probe, reads)
-        problem = replace(problem, carry_ns={name: None if name in late else ns for name, ns in problem.carry_ns.items()})
+        problem = replace(
+            problem, carry_ns={name: None if name in late else ns for name, ns in problem.carry_ns.items()}
+        )
         plans = _cut_boundaries(view, problem, reads, _outputs(view, exits, roles, reads), probe)
         taken = [() if i in shapes and i not in pinned else read for i, read in enumerate(view.reads)]
         plans = [_with_inputs(view, plan, roles, taken) for plan in plans]
@@ -235,9 +237,7 @@ def _outputs(view: GraphView, exits: Sequence[str], roles: Roles, reads: Sequenc
     return _Outputs(answers, states, [name in roles.heads for name in exits])
 
 
-def _with_inputs(
-    view: GraphView, plan: SegmentPlan, roles: Roles, reads: Sequence[Sequence[str]]
-) -> SegmentPlan:
+def _with_inputs(view: GraphView, plan: SegmentPlan, roles: Roles, reads: Sequence[Sequence[str]]) -> SegmentPlan:
     """The plan with the model inputs that its segment is given: late ones where their data is read."""
     read = {name for index in plan.nodes for name in reads[index]}
     given = [name for name in view.input_names if (name in read if name in roles.late else plan.index == 0)]

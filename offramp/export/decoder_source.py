@@ -9,15 +9,15 @@ import numpy as np
 import onnx_ir.passes.common
 import torch
 from onnx import ModelProto
-from torch import Tensor, nn
+from torch import Tensor
 
-from offramp.bundle import ROWS, DecoderSpec
+from offramp.bundle import DecoderSpec
 from offramp.errors import CaptureError, OptionError
 from offramp.export.capture import Example, _exported, _Flat
 from offramp.export.chain import Arrays, open_session
 from offramp.export.roles import Roles
 from offramp.export.source import ModelSource, input_specs
-from offramp.models.decoder import EarlyExitDecoder
+from offramp.models.decoder import DecoderConfig, EarlyExitDecoder
 
 INPUT_IDS, PAST_LENGTH, ACTIVE = "input_ids", "past_length", "active_"
 PAST_KEY, PAST_VALUE, KEY, VALUE = "past_key_", "past_value_", "key_", "value_"
@@ -53,7 +53,7 @@ def source_from_decoder(
     name: str,
     model: EarlyExitDecoder,
     texts: Sequence[Sequence[int]],
-    limits: DecoderLimits = DecoderLimits(),  # noqa: B008  (frozen)
+    limits: DecoderLimits = DecoderLimits(),
     opset: int = 20,
 ) -> DecoderSource:
     """Capture `model`; `texts` are token ids of real texts, at least 2 of at least 12 tokens, to verify with.
@@ -68,7 +68,10 @@ def source_from_decoder(
     graph = _captured(model, example, opset)
     inputs = input_specs(graph, ())
     names = [spec.name for spec in inputs]
-    states = {made: given for made, given in zip(_states(model, KEY, VALUE), _states(model, PAST_KEY, PAST_VALUE), strict=True)}
+    states = {
+        made: given
+        for made, given in zip(_states(model, KEY, VALUE), _states(model, PAST_KEY, PAST_VALUE), strict=True)
+    }
     exits = range(1, len(model.config.exits) + 1)
     gates = {f"logits_{k}": f"learned_{k}" for k in exits if model.config.gated and k < len(exits)}
     source = ModelSource(
@@ -91,7 +94,8 @@ class _FlatDecoder(_Flat):
     """A decoder called with its inputs in order, which returns a flat tuple of tensors."""
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        num_exits = len(self.model.config.exits)
+        config: DecoderConfig = self.model.config  # type: ignore[assignment]
+        num_exits = len(config.exits)
         ids, lengths, *rest = inputs
         past = rest[num_exits - 1 :]
         said = self.model(ids, lengths, rest[: num_exits - 1], list(zip(past[::2], past[1::2], strict=True)))

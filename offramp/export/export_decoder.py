@@ -1,7 +1,8 @@
-"""Export of a decoder: cut, lower, verify, write. Segments hand on hidden states only; heads are graphs of their own."""
+"""Export of a decoder: cut, lower, verify, write. Segments hand on hidden states only; heads are graphs apart."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,9 +71,7 @@ def export_decoder(
     check_target(bundle)
     progress("cutting")
     model = source.model
-    cut = segments_from_graph(
-        model.graph, model.exits, model.inputs, model.dimensions, model.example, source.roles
-    )
+    cut = segments_from_graph(model.graph, model.exits, model.inputs, model.dimensions, model.example, source.roles)
     _check_carries(cut)
     progress("verifying FP32")
     graphs = {"fp32": _Graphs([segment.model for segment in cut.segments], cut.heads)}
@@ -114,7 +113,7 @@ def _verify_fp32(parity: Parity, source: DecoderSource, chain: Chain, cut: CutMo
     for batch in source.model.calibration:
         expected = dict(zip(names, session.run(names, batch), strict=True))
         rows = np.arange(len(batch[source.decoder.past_length]))
-        for index, (feed, out) in enumerate(chain.run(batch, lambda _, __, rows=rows: rows)):
+        for index, (feed, out) in enumerate(chain.run(batch, functools.partial(_everybody, rows))):
             name = source.model.exits[index]
             places = _active(source, batch, index)
             hidden = out[HIDDEN][places]  # (P, d)
@@ -125,11 +124,17 @@ def _verify_fp32(parity: Parity, source: DecoderSource, chain: Chain, cut: CutMo
             pairs[f"logits of exit {name}"] = said["logits"], expected[name][places]
             if LEARNED in out:
                 pairs[f"gate of exit {name}"] = out[LEARNED][places], expected[source.roles.learned[name]][places]
-            pairs |= {f"state {spec.name}": (out[spec.name], expected[spec.name]) for spec in cut.segments[index].states}
+            pairs |= {
+                f"state {spec.name}": (out[spec.name], expected[spec.name]) for spec in cut.segments[index].states
+            }
             for where, (got, wanted) in pairs.items():
                 parity.chain.update(got, wanted, DECODER_TOLERANCE, where)
                 parity.chain_bit_equal &= np.array_equal(got, wanted)
     return feeds
+
+
+def _everybody(rows: NDArray[np.int64], _: int, __: Arrays) -> NDArray[np.int64]:
+    return rows
 
 
 def _active(source: DecoderSource, batch: Arrays, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:

@@ -36,6 +36,7 @@ def source_from_bundle(bundle: Path, manifest: Manifest, whole: ModelProto) -> M
         labels=manifest.labels,
         text=text,
         learned={spec.name: spec.learned for spec in manifest.exits if spec.learned},
+        late=tuple(dict.fromkeys(name for segment in manifest.segments[1:] for name in segment.inputs)),
     )
 
 

@@ -13,7 +13,7 @@ class Roles:
     A *late* input is given to every segment that reads it and never carried: past keys and values, the positions that
     are still active. What is computed from late inputs alone is computed again where it is needed, so that one
     segment may be given other values, and other lengths, than the next. A *state* leaves with the segment that makes
-    it. Where an exit has a separate *head*, the segment puts out what the head reads, and the head is a graph by itself.
+    it. Where an exit has a separate *head*, the segment puts out what the head reads.
     """
 
     learned: Mapping[str, str] = field(default_factory=dict)  # exit -> output with its learned confidence

@@ -81,7 +81,9 @@ def state_specs(probe: Probe, names: Sequence[str]) -> tuple[TensorSpec, ...]:
     """The interface of states, under their own names. Raises CutError for one without rows on its first axis."""
     for name in names:
         if probe.tensors[name].row_axis != 0:
-            raise CutError(f"state {name!r} of shape {probe.shape(name)}: expected one whose first axis is the row axis")
+            raise CutError(
+                f"state {name!r} of shape {probe.shape(name)}: expected one whose first axis is the row axis"
+            )
     return tuple(TensorSpec(name, probe.tensors[name].dtype, probe.shape(name)) for name in names)
 
 
@@ -96,7 +98,8 @@ def segment_graph(
     carry_out = carry_specs(probe, plan.carried, "carry_out", ROWS)
     states = state_specs(probe, plan.states)
     outputs = {HIDDEN if plan.has_separate_head else LOGITS: plan.outputs[0]}
-    outputs |= {LEARNED: name for name in plan.outputs[1:] if plan.has_separate_head}
+    if plan.has_separate_head and len(plan.outputs) > 1:
+        outputs[LEARNED] = plan.outputs[1]
     outputs |= {spec.name: name for spec, name in zip(carry_out, plan.carried, strict=True)}
     outputs |= {name: name for name in plan.states}
     names = _names(view, probe, plan, outputs)
@@ -108,7 +111,9 @@ def segment_graph(
             nodes += _shape_nodes(view.nodes[index], plan.sources[index], names, constants, view.opset)
         else:
             nodes.append(rename_tensors(view.nodes[index], names))
-    nodes += [_output_node(probe, name, names, output) for output, name in outputs.items() if names.get(name, name) != output]
+    nodes += [
+        _output_node(probe, name, names, output) for output, name in outputs.items() if names.get(name, name) != output
+    ]
     graph = GraphProto(
         name=f"segment_{plan.index:02d}",
         node=[*nodes, *head_nodes],

@@ -221,7 +221,9 @@ class EarlyExitDecoder(nn.Module):
         if active is not None:
             index = torch.arange(active.shape[0], device=active.device)[:, None], active
             asking, placed = active, (past_length[:, None] + active).clamp(max=last)  # (N, A)
-            query_turn = tuple(functional.embedding(placed, table)[:, :, None, None] for table in (self.cosines, self.sines))
+            query_turn = tuple(
+                functional.embedding(placed, table)[:, :, None, None] for table in (self.cosines, self.sines)
+            )
         asking = asking.repeat_interleave(group, 1)  # (N, Q)
         is_past = torch.arange(number, device=steps.device) < past_length[:, None]  # (N, P)
         is_past = is_past[:, None].expand(-1, asking.shape[1], -1)

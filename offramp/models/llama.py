@@ -56,7 +56,8 @@ def load_llama(path: Path) -> tuple[nn.Module, Any]:
             f"loading a decoder from {path}: {type(exc).__name__}: {exc}; expected a directory that save_pretrained "
             f"wrote, or a .gguf file (which needs the packages gguf and accelerate)"
         ) from exc
-    return model.eval(), tokenizer
+    model.requires_grad_(False)
+    return model, tokenizer
 
 
 def decoder_from_llama(
@@ -89,7 +90,7 @@ def decoder_from_llama(
     decoder.set_turns(torch.outer(places, rotary.inv_freq.double()), rotary.attention_scaling)
     with torch.no_grad():
         decoder.load_state_dict(_converted(weights, decoder), strict=True)
-    return decoder.eval()
+    return decoder.train(False)
 
 
 def _check_llama(theirs: Any, weights: Mapping[str, Tensor], config: DecoderConfig) -> None:
@@ -118,4 +119,3 @@ def _converted(weights: Mapping[str, Tensor], decoder: EarlyExitDecoder) -> dict
         if not config.tied:
             found[f"exits.{index}.head.weight"] = weights["lm_head.weight"]
     return found | {name: value for name, value in decoder.state_dict().items() if ".gate." in name and "exits" in name}
-

@@ -44,7 +44,9 @@ class Decoder:
             raise BundleError(f"bundle {manifest.name!r} is no decoder: open it with `Runner.open`")
         limit = manifest.dimensions[ROWS].max
         if not 1 <= slots <= limit:
-            raise OptionError(f"decoder: got max_batch {slots}, expected 1 to {limit}, what the bundle was exported for")
+            raise OptionError(
+                f"decoder: got max_batch {slots}, expected 1 to {limit}, what the bundle was exported for"
+            )
         self.spec, self.manifest, self.slots = spec, manifest, slots
         self.max_chunk = manifest.dimensions[spec.chunk].max
         self._segments, self._heads = list(segments), heads
@@ -87,13 +89,11 @@ class Decoder:
             raise InputError(f"a text of {longest} tokens is longer than the {self.spec.max_positions} of this bundle")
         return self._run(0, low, {self.spec.input_ids: ids}, counts)
 
-    def advance(
-        self, index: int, low: int, counts: list[int], active: Sequence[Sequence[int]] | None = None
-    ) -> Chunk:
+    def advance(self, index: int, low: int, counts: list[int], active: Sequence[Sequence[int]] | None = None) -> Chunk:
         """Bring the next `counts[r]` positions of slot low + r through segment `index` >= 1, as one chunk.
 
-        `active` has per row the positions in the chunk that really go on, all of them when None; the others stay as they
-        are, and this segment's layers make their keys and values from that.
+        `active` has per row the positions in the chunk that really go on, all of them when None; the others stay as
+        they are, and this segment's layers make their keys and values from that.
         """
         chunk = max(counts)
         places = _padded(active, counts, chunk) if active is not None else np.tile(np.arange(chunk), (len(counts), 1))
@@ -103,7 +103,7 @@ class Decoder:
             assert places is not None
         starts = self.filled(index)[low : low + len(counts)].tolist()
         before = self.manifest.segments[index].carry_in[0].name
-        feed = {
+        feed: Feed = {
             ROWS: self._rows[: len(counts)],
             before: self._waiting[index - 1].read(low, starts, counts, chunk),
             self.spec.active[index - 1]: places,
@@ -116,7 +116,8 @@ class Decoder:
         """What the head of an exit says about states (P, d)."""
         head = self._heads[self.manifest.exits[exit_index].head]
         feed = {HIDDEN: hidden, INVERSE_TEMPERATURE: np.asarray(inverse)}
-        return SegmentOutput(None, *head.run(("logits", "prediction", "scores"), feed), learned)
+        logits, prediction, scores = head.run(("logits", "prediction", "scores"), feed)
+        return SegmentOutput(None, logits, prediction, scores, learned)
 
     def close(self) -> None:
         """Let go of everything."""
@@ -153,7 +154,9 @@ def open_decoder(bundle: Path, manifest: Manifest, precision: str, threads: int,
             raise OptionError(
                 f"opening {bundle}: {name} has no {precision!r} graph, expected one of {', '.join(sorted(graphs))}"
             )
-        opened[name] = OnnxRuntimeGraph(open_session(read_file(bundle, record), threads, str(bundle / record.path)), name)
+        opened[name] = OnnxRuntimeGraph(
+            open_session(read_file(bundle, record), threads, str(bundle / record.path)), name
+        )
     segments = [opened[f"segment {part.index}"] for part in manifest.segments]
     return Decoder(manifest, segments, {head.name: opened[head.name] for head in manifest.heads}, slots)
 

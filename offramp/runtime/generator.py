@@ -1,10 +1,10 @@
 """Generates text with a decoder whose tokens leave at exits; keys and values stay true.
 
 Modes say what becomes of the layers that a token skipped, when a later token needs their keys and values:
-*deferred* (exact): the token's hidden state waits at the exit, and all that wait go through the deeper segment together,
-as one chunk; *copy*: only keys and values are made, of the hidden state at the exit (CALM, arXiv 2207.07061, section
-3.3); *lossless*: tokens are proposed at the first open exit and verified by the other segments in one chunk
-(self-speculation, arXiv 2404.16710, section 4.3), so that the text is that of full depth. Greedy only.
+*deferred* (exact): the token's hidden state waits at the exit, and all that wait go through the deeper segment
+together, as one chunk; *copy*: only keys and values are made, of the hidden state at the exit (CALM, arXiv
+2207.07061, section 3.3); *lossless*: tokens are proposed at the first open exit and verified by the other segments in
+one chunk (self-speculation, arXiv 2404.16710, section 4.3), so that the text is that of full depth. Greedy only.
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ class Generator:
         self._policy = policy
 
     def generate(
-        self, prompts: Sequence[str] | Sequence[Sequence[int]], options: GenerateOptions = GenerateOptions()  # noqa: B008
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        options: GenerateOptions = GenerateOptions(),
     ) -> list[Completion]:
         """Continue every prompt, texts or token ids, in their order. Raises InputError, BackendError."""
         completions = [Completion() for _ in prompts]
@@ -138,7 +140,9 @@ class Generator:
         return completions
 
     def stream(
-        self, prompts: Sequence[str] | Sequence[Sequence[int]], options: GenerateOptions = GenerateOptions()  # noqa: B008
+        self,
+        prompts: Sequence[str] | Sequence[Sequence[int]],
+        options: GenerateOptions = GenerateOptions(),
     ) -> Iterator[Token]:
         """The tokens of all prompts as they come; stop tokens are left out. Raises as `generate`."""
         for tokens in self._steps(prompts, options, [Completion() for _ in prompts]):
@@ -182,7 +186,9 @@ class Generator:
                 room = min(options.max_new_tokens, self.decoder.spec.max_positions - len(tokens) + 1)
                 random = options.sampling.generator(position)
                 live.append(_Sequence(position, 0, completions[position], random, room))
-                alone = Stepper(self.decoder, self.policy, options.mode, options.draft, chosen and _from(choose, len(live) - 1))
+                alone = Stepper(
+                    self.decoder, self.policy, options.mode, options.draft, chosen and _from(choose, len(live) - 1)
+                )
                 yield self._taken(live[-1], [alone.prompt(len(live) - 1, tokens)], stop)
                 self._retire(live)
                 position += 1

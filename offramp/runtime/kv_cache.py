@@ -39,11 +39,11 @@ class KeyValueCache:
         self._reserve(1)  # an operator on no positions at all is a case that nobody tests
 
     def past(self, low: int, high: int) -> dict[str, NDArray[Any]]:
-        """The past of slots `low` to `high`, as the segment is given it: views, (high - low, heads, capacity, width)."""
+        """The past of slots `low` to `high`, as the segment is given it: views (slots, heads, capacity, width)."""
         return {name: slab[low:high] for name, slab in zip(self._past, self._slab, strict=True)}
 
     def append(self, low: int, made: Sequence[NDArray[Any]], counts: Sequence[int]) -> None:
-        """Add the first `counts[row]` positions of what was made, (rows, heads, chunk, width) each, to slots from `low`."""
+        """Add the first `counts[row]` positions of `made`, (rows, heads, chunk, width) each, to slots from `low`."""
         starts = self.lengths[low : low + len(counts)].tolist()
         self._reserve(max(start + count for start, count in zip(starts, counts, strict=True)))
         together = np.stack(made)  # (states, rows, heads, chunk, width)

@@ -48,7 +48,8 @@ def sampled(logits: NDArray[np.float32], sampling: Sampling, random: np.random.G
     if sampling.is_greedy:
         return int(logits.argmax())
     probability = probabilities(logits, sampling)
-    return int(min(np.searchsorted(np.cumsum(probability), random.random()), len(logits) - 1))
+    place = int(np.searchsorted(np.cumsum(probability), random.random()))
+    return min(place, len(logits) - 1)
 
 
 def probabilities(logits: NDArray[np.float32], sampling: Sampling) -> NDArray[np.float64]:

@@ -1,4 +1,4 @@
-"""One step of generation for neighbouring slots: which segments run, who leaves where, what waits and what is undone."""
+"""One step of generation for neighbouring slots: which segments run, who leaves where, what waits, what is undone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.policy import LEARNED, Policy, PolicyState
+from offramp.bundle import LEARNED
+from offramp.policy import Policy, PolicyState
 from offramp.runtime.decoder import Chunk, Decoder
 from offramp.runtime.engine import SegmentOutput
 
@@ -62,7 +63,9 @@ class Stepper:
         """
         if self._mode == LOSSLESS and self._final:
             return self._propose_and_verify(low, tokens, min(self._draft, room))
-        return [[decided] for decided in self._through_exits(low, self._decoder.read(low, [[token] for token in tokens]))]
+        return [
+            [decided] for decided in self._through_exits(low, self._decoder.read(low, [[token] for token in tokens]))
+        ]
 
     def _read_parts(self, slot: int, tokens: Sequence[int]) -> Chunk:
         size = self._decoder.max_chunk

@@ -58,7 +58,10 @@ def test_a_chunk_is_its_positions_one_by_one() -> None:
     model, length = decoders.decoder(), torch.tensor([7, 4])
     generator = torch.Generator().manual_seed(2)
     ids = torch.randint(decoders.VOCABULARY, (2, 12), generator=generator)
-    slabs = [(torch.randn(2, 2, 16, 8, generator=generator), torch.randn(2, 2, 16, 8, generator=generator)) for _ in model.layers]
+    slabs = [
+        (torch.randn(2, 2, 16, 8, generator=generator), torch.randn(2, 2, 16, 8, generator=generator))
+        for _ in model.layers
+    ]
     whole = said(model, ids[:, :5], length, slabs)
     for step in range(5):
         one = said(model, ids[:, step : step + 1], length + step, slabs)
@@ -101,9 +104,18 @@ def undo_norm(model: EarlyExitDecoder, ids: torch.Tensor) -> torch.Tensor:
 def test_what_is_not_like_llama_is_refused(tmp_path) -> None:
     with pytest.raises(OptionError, match="exits: got"):
         DecoderConfig(10, 8, 2, 2, 2, 8, (2, 1))
-    biased = LlamaConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, attention_bias=True)
+    biased = LlamaConfig(
+        vocab_size=9,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+        attention_bias=True,
+    )
     with pytest.raises(ModelError, match="bias"):
         decoder_from_llama(LlamaForCausalLM(biased))
-    BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)).save_pretrained(tmp_path)
+    BertModel(
+        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
+    ).save_pretrained(tmp_path)
     with pytest.raises(DataError, match="expected a directory"):
         load_llama(tmp_path)

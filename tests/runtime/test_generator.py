@@ -45,8 +45,12 @@ def test_the_bundle_says_who_is_given_what(bundle: Path) -> None:
     first, second, third = manifest.segments
     assert first.inputs == ("input_ids", "past_length", "past_key_0", "past_value_0")
     assert second.inputs == ("past_length", "active_1", "past_key_1", "past_value_1")
-    assert [spec.shape for spec in second.carry_in] == [("previous_rows", "chunk", 48)] and not third.carry_out
-    assert [(state.tensor.name, state.past) for state in third.states] == [("key_2", "past_key_2"), ("value_2", "past_value_2")]
+    assert [spec.shape for spec in second.carry_in] == [("previous_rows", "chunk", 48)]
+    assert not third.carry_out
+    assert [(state.tensor.name, state.past) for state in third.states] == [
+        ("key_2", "past_key_2"),
+        ("value_2", "past_value_2"),
+    ]
     assert {spec.head for spec in manifest.exits} == {"head_0"}  # tied: one head for all
     assert manifest.parity["chain_bit_equal"]
 
@@ -64,7 +68,7 @@ def test_with_all_exits_closed_it_is_the_model(bundle: Path, expected, mode: str
 def test_lossless_is_full_depth_whatever_is_proposed(bundle: Path, expected, policy: Policy, max_batch: int) -> None:
     found = generated(bundle, policy, max_batch=max_batch, mode="lossless", draft=3)
     assert [completion.tokens for completion in found] == expected
-    exits = sum((completion.exit_indices for completion in found), [])
+    exits = [index for completion in found for index in completion.exit_indices]
     assert 0 < exits.count(0) < len(exits)  # some proposals were right, some were not
 
 
@@ -90,14 +94,19 @@ def test_deferred_keys_and_values_are_those_of_full_depth(bundle: Path) -> None:
             cached = list(generator.decoder.cached(index, 0).values())
             for got, wanted in zip(cached, whole[index], strict=True):
                 np.testing.assert_allclose(got, wanted[:, :length], atol=STATE_ATOL)
-    assert filled[0] == len(read) and len(prompt) < filled[-1] <= filled[1] <= filled[0]
+    assert filled[0] == len(read)
+    assert len(prompt) < filled[-1] <= filled[1] <= filled[0]
 
 
 def test_a_closed_exit_runs_no_head_and_a_gate_only_for_those_that_leave(bundle: Path, monkeypatch) -> None:
     with Generator.open(bundle, Policy.full_depth(), threads=1) as generator:
         asked: list[tuple[int, int]] = []
         answer = generator.decoder.answer
-        monkeypatch.setattr(generator.decoder, "answer", lambda k, hidden, *more: asked.append((k, len(hidden))) or answer(k, hidden, *more))
+        monkeypatch.setattr(
+            generator.decoder,
+            "answer",
+            lambda k, hidden, *more: asked.append((k, len(hidden))) or answer(k, hidden, *more),
+        )
         generator.generate([decoders.PROMPTS[0]], GenerateOptions(6))
         assert asked == [(2, 1)] * 6
         asked.clear()
@@ -157,7 +166,11 @@ def test_what_is_refused(bundle: Path) -> None:
     with pytest.raises(BundleError, match=r"is a decoder.*Generator"):
         Runner.open(bundle)
     with Generator.open(bundle) as generator:
-        for prompts, message in ((["text"], "no tokenizer"), ([[]], "got 0 tokens"), ([[decoders.VOCABULARY]], "each from 0")):
+        for prompts, message in (
+            (["text"], "no tokenizer"),
+            ([[]], "got 0 tokens"),
+            ([[decoders.VOCABULARY]], "each from 0"),
+        ):
             with pytest.raises(InputError, match=message):
                 generator.generate(prompts)
 
