@@ -34,9 +34,9 @@ from offramp.commands.uncut import load_reference, uncut_model
 from offramp.errors import OptionError
 from offramp.export.attention import fused_from_segment
 from offramp.export.cut import CutModel, probed_graph, segments_from_probed
-from offramp.export.roles import Roles
 from offramp.export.export_bundle import reference_path
 from offramp.export.recut import source_from_bundle, with_exits
+from offramp.export.roles import Roles
 from offramp.policy import Policy
 from offramp.runtime import Runner
 from offramp.runtime.backends import ONNXRUNTIME

@@ -19,7 +19,7 @@ from offramp.export.costs import CostModel
 from offramp.export.graph import GraphView, describe_node
 from offramp.export.mincut import CutProblem, minimum_carry
 from offramp.export.probe import Probe, probe_graph
-from offramp.export.roles import Roles
+from offramp.export.roles import NO_ROLES, Roles
 from offramp.export.segment_graph import SegmentPlan, carry_specs, head_graph, segment_graph, state_specs
 from offramp.export.sizes import Arrays
 
@@ -66,7 +66,7 @@ def segments_from_graph(
     inputs: Sequence[InputSpec],
     dimensions: Mapping[str, DimensionSpec],
     example: Arrays,
-    roles: Roles = Roles(),  # noqa: B008  (frozen)
+    roles: Roles = NO_ROLES,
 ) -> CutModel:
     """Cut `model` at `exits`, output names in order of depth; the last one is the final exit.
 
@@ -84,7 +84,7 @@ def probed_graph(
     inputs: Sequence[InputSpec],
     dimensions: Mapping[str, DimensionSpec],
     example: Arrays,
-    roles: Roles = Roles(),
+    roles: Roles = NO_ROLES,
 ) -> ProbedGraph:
     """`model`, found fit to be cut at `exits` or some of them, and run on `example`. Arguments and errors as above."""
     view = GraphView(inliner.inline_local_functions(model) if model.functions else model)
@@ -93,7 +93,7 @@ def probed_graph(
     return ProbedGraph(view, probe_graph(view, inputs, dimensions, example), inputs, dimensions)
 
 
-def segments_from_probed(probed: ProbedGraph, exits: Sequence[str], roles: Roles = Roles()) -> CutModel:
+def segments_from_probed(probed: ProbedGraph, exits: Sequence[str], roles: Roles = NO_ROLES) -> CutModel:
     """Cut a probed graph at `exits`; what `roles` say of others does not count. Raises CutError."""
     view, probe, inputs = probed.view, probed.probe, probed.inputs
     learned, heads = ({name: of[name] for name in exits if name in of} for of in (roles.learned, roles.heads))

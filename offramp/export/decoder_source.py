@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, Protocol, cast
 
 import numpy as np
 import onnx_ir.passes.common
 import torch
 from onnx import ModelProto
-from torch import Tensor
+from torch import Tensor, nn
 
 from offramp.bundle import DecoderSpec
 from offramp.errors import CaptureError, OptionError
@@ -17,13 +18,22 @@ from offramp.export.capture import Example, _exported, _Flat
 from offramp.export.chain import Arrays, open_session
 from offramp.export.roles import Roles
 from offramp.export.source import ModelSource, input_specs
-from offramp.models.decoder import DecoderConfig, EarlyExitDecoder
 
 INPUT_IDS, PAST_LENGTH, ACTIVE = "input_ids", "past_length", "active_"
 PAST_KEY, PAST_VALUE, KEY, VALUE = "past_key_", "past_value_", "key_", "value_"
 CHUNK, PAST = "chunk", "past"
 _EXAMPLE_ROWS, _EXAMPLE_CHUNK, _EXAMPLE_PAST = 3, 6, 8
 _ATOL = _RTOL = 1e-2  # graph against model, as export/capture.py
+
+
+class DecoderModel(Protocol):
+    """What can be captured: an EarlyExitDecoder of offramp.models, or a module with the same forward and config.
+
+    `config` has exits (numbers of layers), gated, kv_heads, head_size and max_positions.
+    """
+
+    @property
+    def config(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -51,7 +61,7 @@ class DecoderLimits:
 
 def source_from_decoder(
     name: str,
-    model: EarlyExitDecoder,
+    model: DecoderModel,
     texts: Sequence[Sequence[int]],
     limits: DecoderLimits = DecoderLimits(),
     opset: int = 20,
@@ -94,8 +104,8 @@ class _FlatDecoder(_Flat):
     """A decoder called with its inputs in order, which returns a flat tuple of tensors."""
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        config: DecoderConfig = self.model.config  # type: ignore[assignment]
-        num_exits = len(config.exits)
+        model: Any = self.model
+        num_exits = len(model.config.exits)
         ids, lengths, *rest = inputs
         past = rest[num_exits - 1 :]
         said = self.model(ids, lengths, rest[: num_exits - 1], list(zip(past[::2], past[1::2], strict=True)))
@@ -103,19 +113,20 @@ class _FlatDecoder(_Flat):
         return (*answers, *(tensor for pair in said.present for tensor in pair))
 
 
-def _states(model: EarlyExitDecoder, key: str, value: str) -> list[str]:
-    return [f"{name}{layer}" for layer in range(len(model.layers)) for name in (key, value)]
+def _states(model: DecoderModel, key: str, value: str) -> list[str]:
+    return [f"{name}{layer}" for layer in range(model.config.exits[-1]) for name in (key, value)]
 
 
-def _output_names(model: EarlyExitDecoder) -> list[str]:
+def _output_names(model: DecoderModel) -> list[str]:
     names = []
-    for k, leave in enumerate(model.exits, 1):
-        names += [f"logits_{k}", f"hidden_{k}"] + ([] if leave.gate is None else [f"learned_{k}"])
+    for k, until in enumerate(model.config.exits, 1):
+        is_gated = model.config.gated and until != model.config.exits[-1]
+        names += [f"logits_{k}", f"hidden_{k}"] + ([f"learned_{k}"] if is_gated else [])
     return names + _states(model, KEY, VALUE)
 
 
 def _example(
-    model: EarlyExitDecoder, texts: Sequence[Sequence[int]], ranges: Mapping[str, tuple[int, int]], max_rows: int
+    model: DecoderModel, texts: Sequence[Sequence[int]], ranges: Mapping[str, tuple[int, int]], max_rows: int
 ) -> Example:
     """Inputs to capture and probe with. All active positions are 0, which is one at every length of the chunk."""
     config, random = model.config, torch.Generator().manual_seed(0)
@@ -137,9 +148,9 @@ def _example(
     return Example(inputs, dynamic, spans, max_rows)
 
 
-def _captured(model: EarlyExitDecoder, example: Example, opset: int) -> ModelProto:
+def _captured(model: DecoderModel, example: Example, opset: int) -> ModelProto:
     """The graph, compared with the model on the example and on one row with one new position."""
-    flat = _FlatDecoder(model.eval(), tuple(example.inputs))
+    flat = _FlatDecoder(cast(nn.Module, model).eval(), tuple(example.inputs))
     names = _output_names(model)
     program = _exported(flat, example, names, opset)
     onnx_ir.passes.common.ClearMetadataAndDocStringPass()(program.model)  # source paths and code lines
@@ -161,7 +172,7 @@ def _captured(model: EarlyExitDecoder, example: Example, opset: int) -> ModelPro
 
 
 def _batches(
-    graph: ModelProto, states: Mapping[str, str], model: EarlyExitDecoder, texts: Sequence[Sequence[int]]
+    graph: ModelProto, states: Mapping[str, str], model: DecoderModel, texts: Sequence[Sequence[int]]
 ) -> tuple[Arrays, ...]:
     """Real inputs: the second half of each text, with the keys and values that the graph made of the first.
 

@@ -20,3 +20,6 @@ class Roles:
     late: tuple[str, ...] = ()  # inputs
     states: Mapping[str, str] = field(default_factory=dict)  # output -> the late input that it will be a part of
     heads: Mapping[str, str] = field(default_factory=dict)  # exit -> output that its separate head reads
+
+
+NO_ROLES = Roles()
