@@ -46,6 +46,12 @@ class KeyValueCache:
         """Add the first `counts[row]` positions of `made`, (rows, heads, chunk, width) each, to slots from `low`."""
         starts = self.lengths[low : low + len(counts)].tolist()
         self._reserve(max(start + count for start, count in zip(starts, counts, strict=True)))
+        start, chunk = starts[0], made[0].shape[2]
+        if all(place == start and count == chunk for place, count in zip(starts, counts, strict=True)):
+            for slab, new in zip(self._slab, made, strict=True):  # half the time of what follows, for one row
+                slab[low : low + len(counts), :, start : start + chunk] = new
+            self.lengths[low : low + len(counts)] = start + chunk
+            return
         together = np.stack(made)  # (states, rows, heads, chunk, width)
         for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
             self._slab[:, low + row, :, start : start + count] = together[:, row, :, :count]
