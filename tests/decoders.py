@@ -69,8 +69,11 @@ def keys_and_values(tokens: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
     return [(layer.keys[0].numpy(), layer.values[0].numpy()) for layer in cached.layers]
 
 
+@cache
 @torch.no_grad()
-def leaving(prompt: list[int], num_tokens: int, gates: tuple[float, ...], mode: str) -> tuple[list[int], list[int]]:
+def leaving(
+    prompt: tuple[int, ...], num_tokens: int, gates: tuple[float, ...], mode: str
+) -> tuple[list[int], list[int]]:
     """Tokens and exits of greedy generation that leaves where a gate is at least its threshold, position by position.
 
     "deferred": a token's answer is its early one, but keys and values are those of full depth. "copy": layers it skips

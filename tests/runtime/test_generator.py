@@ -77,7 +77,7 @@ def test_lossless_is_full_depth_whatever_is_proposed(bundle: Path, expected, pol
 def test_leaving_is_what_the_slow_reference_does(bundle: Path, mode: str, max_batch: int) -> None:
     found = generated(bundle, GATED, max_batch=max_batch, mode=mode)
     for prompt, completion in zip(decoders.PROMPTS, found, strict=True):
-        tokens, exits = decoders.leaving(list(prompt), LENGTH, GATES, mode)
+        tokens, exits = decoders.leaving(tuple(prompt), LENGTH, GATES, mode)
         assert (completion.tokens, completion.exit_indices) == (tokens, exits)
     assert {0, 1, 2} == {index for completion in found for index in completion.exit_indices}
 
