@@ -1,9 +1,9 @@
 """How fast the monitor notices, how often it is wrong, and whether only a recertification leads out of full depth.
 
 Physics: to tell a share p from a share q takes about ln(c) / KL(q, p) rows, c the rows between false alarms that one is
-ready to pay for: ln(1e6) / 0.12 is some 120 rows for 15 points, plus what it takes to learn which exit it is. A risk
-three times 2 % takes ln(1e4) / (0.02 * 1.3) = 350 audits by that count, fewer because the tests carry some evidence
-from before; it scales with 1 / risk. Requests are audits / rate.
+ready to accept: for 15 points on an exit of 35 %, ln(1e6) / 0.054 = 256 rows, plus what the widened interval takes away
+and less what a Shiryaev-Roberts sum, which begins a bet at every row, is ahead. A risk three times 2 % takes
+ln(1e4) / 0.027 = 345 audits by that count, and it scales with 1 / risk. Requests are audits / rate.
 
 Simulated: independent rows of a policy with four exits, baselines from 5,000 rows each, changes after 5,000 requests.
 Every request goes through `Monitor.begin`, `Watch.hold` and `Monitor.observe`, as the runner calls them, one row each;
@@ -102,7 +102,7 @@ def new_monitor(rng: np.random.Generator, max_risk: float = 0.02, **options: Any
 def rows_of(
     rng: np.random.Generator, num_rows: int, risk: float, shares: Sequence[float] = SHARES
 ) -> tuple[list[int], list[bool]]:
-    """Where rows leave, and whether full depth disagrees: `risk` of all rows, none of the last exit's."""
+    """Where rows leave, and whether full depth disagrees: for a share `risk` of all rows, none of the last exit."""
     exits = rng.choice(len(shares), num_rows, p=shares)
     is_loss = (exits < FINAL) & (rng.random(num_rows) < risk / (1 - shares[FINAL]))
     return exits.tolist(), is_loss.tolist()
@@ -142,15 +142,18 @@ def detected(
             causes.add(found.cause)
             delays.append(found.alarm - CHANGE + 1)
             audits.append(found.audits_after)
-    missed = streams - early - len(delays)
+        else:  # not yet: at least so many
+            delays.append(requests)
+            audits.append(found.audits_after)
+    missed = streams - early - sum(delay < requests for delay in delays)
     return {
         "streams": streams,
         "false_before": early,
         "missed": missed,
-        "median_requests": float(np.median(delays + [requests] * missed)),
-        "p90_requests": float(np.percentile(delays + [requests] * missed, 90)),
-        "median_audits": float(np.median(audits)) if audits else None,
-        "p90_audits": float(np.percentile(audits, 90)) if audits else None,
+        "median_requests": float(np.median(delays)),
+        "p90_requests": float(np.percentile(delays, 90)),
+        "median_audits": float(np.median(audits)),
+        "p90_audits": float(np.percentile(audits, 90)),
         "causes": sorted(causes),
     }
 

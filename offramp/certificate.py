@@ -90,6 +90,7 @@ class Certificate:
     trace_sha256: str  # Trace.sha256
     seed: int = 0  # of the split and of the order of the rows
     class_name: str = ""  # of a missed detection
+    rows_missing: int = 0  # > 0: full depth, because so many more tested rows, at least, are needed to show anything
     exits: tuple[ExitRisk, ...] = ()  # E, or none
     sources: Mapping[str, SourceStatement] = field(default_factory=dict, hash=False)
 
@@ -157,15 +158,24 @@ class Certificate:
         """The certificate in plain words, one statement per line."""
         counted = RISKS[self.risk].format(class_name=self.class_name)
         seen = f"{self.losses:g} in {self.num_rows} tested rows"
+        each = (
+            "for every source below, each with its confidence"
+            if self.sources
+            else f"with {self.confidence:.1%} confidence"
+        )
         lines = [
-            f"{self.risk}: {counted}: at most {self.max_risk:.2%}, with {self.confidence:.1%} confidence",
-            f"seen: {seen}; p-value {self.p_value:.2g}, bound for this policy alone {self.upper_bound:.2%}",
+            f"{self.risk}: {counted}: at most {self.max_risk:.2%}, {each}",
+            f"seen: {seen}; p-value {self.p_value:.2g}, bound for this policy alone {self.upper_bound:.3%}",
             f"how: {self.method}",
             f"mean depth {self.mean_depth:.2f} of {self.num_exits} segments; left at each exit: "
             + ", ".join(str(count) for count in self.exit_counts),
             f"holds for {self.backend} in {self.precision} with the files and the policy it was made with, and for "
             f"requests like the tested rows; the confidence is over the draw of those rows",
         ]
+        if self.rows_missing:
+            lines.insert(
+                0, f"full depth: {self.rows_missing} more tested rows are needed, at least, to let any row leave"
+            )
         return lines + [_source_words(name, found, self.max_risk) for name, found in self.sources.items()]
 
 

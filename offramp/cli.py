@@ -10,10 +10,12 @@ import click
 from offramp.command_line.answering import bench, run
 from offramp.command_line.generating import generate
 from offramp.command_line.looking import doctor, inspect, report, verify
-from offramp.command_line.making import build_engine, export, train
+from offramp.command_line.making import build_engine, export
 from offramp.command_line.placing import place
-from offramp.command_line.tracing import trace
+from offramp.command_line.tracing import diagnose, trace
+from offramp.command_line.training import train
 from offramp.command_line.tuning import calibrate
+from offramp.command_line.watching import monitor
 from offramp.errors import BuildError, DataError, InputError, OfframpError, OptionError
 
 _USAGE_ERRORS = (OptionError, InputError, DataError)
@@ -58,11 +60,13 @@ _COMMANDS = (
     export,
     build_engine,
     trace,
+    diagnose,
     place,
     calibrate,
     run,
     generate,
     bench,
+    monitor,
     inspect,
     verify,
     report,

@@ -220,6 +220,17 @@ class Policy:
         for policy in self.sources.values():
             policy.check_exits(num_exits)
 
+    def check_values(self) -> None:
+        """Raise OptionError if it asks for classes: a regression has only its learned confidences to decide by."""
+        is_open = any(limit is not None for limit in self.limits)
+        if (is_open and self.score != LEARNED) or self.patience > 1 or self.veto != Veto():
+            raise OptionError(
+                f"policy: got score {self.score!r}, patience {self.patience} and {self.veto} for a regression, which "
+                f"has no classes; expected thresholds on {LEARNED!r} alone"
+            )
+        for policy in self.sources.values():
+            policy.check_values()
+
     def check_learned(self, has_learned: Sequence[bool]) -> None:
         """Raise OptionError unless every exit that is open on the learned score has one; `has_learned` per exit."""
         is_open = [limit is not None and k + 1 >= self.minimum_depth for k, limit in enumerate(self.limits)]

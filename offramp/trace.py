@@ -175,11 +175,11 @@ def save_joined(path: Path, parts: Sequence[Path], **others: Any) -> str:
     """
     first = replace(load_trace(parts[0]), **others)
     columns = _columns_from_trace(first)
-    sources = [_member(part, "sources") for part in parts]
-    num_rows = sum(map(len, sources))
+    sources = [(found.dtype, len(found)) for found in _members(parts, "sources")]
+    num_rows = sum(count for _, count in sources)
     for name in _ROW_FIELDS:
         dtype, shape, _ = columns[name]
-        dtype = np.result_type(*sources) if name == "sources" else dtype
+        dtype = np.result_type(*(width for width, _ in sources)) if name == "sources" else dtype
         columns[name] = _Column(dtype, (num_rows, *shape[1:]), partial(_members, parts, name))
     _save_columns(path, columns)
     return _sha256(columns)

@@ -14,16 +14,22 @@ BENCH = Path(__file__).parents[1] / "bench"
 SCRIPTS = {
     "against_alternatives": ["--quick"],
     "against_earlyon": ["--quick"],  # one line that says so where earlyon is not installed
+    "calibration_speed": ["--quick"],
+    "certified": ["--quick"],
     "chain_vs_uncut": ["--quick"],
+    "coverage": ["--quick"],
     "cut_costs": ["--quick"],
     "int8": ["--quick"],
+    "placement": ["--quick"],
     "pool": ["--quick"],
     "ideal": ["--quick"],
     "monitor": ["--quick"],
     "monitor_overhead": ["--quick"],
     "runner_overhead": ["--quick"],
+    "strategies": ["--quick"],
     "trimming": ["--quick"],
     "tensorrt_latency": ["--quick"],
+    "tightness": ["--quick"],
     "trace_memory": ["--quick"],
 }
 

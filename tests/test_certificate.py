@@ -117,7 +117,10 @@ def test_other_json_is_refused(text: str) -> None:
 @pytest.mark.parametrize("risk", RISKS)
 def test_it_can_be_said_in_words(risk: str) -> None:
     words = "\n".join(make_certificate(risk=risk).words())
-    assert "at most 1.00%, with 95.0% confidence" in words
+    assert "at most 1.00%, for every source below" in words
+    alone = make_certificate(risk=risk, sources={}, rows_missing=12).words()
+    assert alone[0].startswith("full depth: 12 more tested rows")
+    assert "at most 1.00%, with 95.0% confidence" in alone[1]
     assert "2 in 700 tested rows" in words
     assert "'web': full depth; 347 more tested rows" in words
     assert ("'malicious'" in words) == (risk == "missed_detection")

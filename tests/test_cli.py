@@ -6,6 +6,7 @@ import json
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,10 @@ from click.testing import CliRunner, Result
 
 from offramp.cli import main
 from offramp.commands import traces
+from offramp.errors import CertificateError
 from offramp.export.export_bundle import WHOLE, reference_path
-from offramp.trace import load_trace
+from offramp.runtime import Runner
+from offramp.trace import load_trace, save_trace
 from tests.export import graphs
 
 FACTORY = "tests.export.models:shared_weights"
@@ -76,10 +79,9 @@ def test_build_inspect_and_verify(bundle: Path) -> None:
 
 
 def test_calibrate_run_and_bench(bundle: Path, data: Path, tmp_path: Path) -> None:
-    trace = tmp_path / "trace.npz"
-    document = answer_of("calibrate", bundle, "--data", data, "--trace", trace, "--max-drop", "0.1", "--json")
+    document = answer_of("calibrate", bundle, "--data", data, "--max-drop", "0.1", "--json")
     assert len(document["policy"]["temperatures"]) == 3
-    assert trace.is_file()
+    assert document["certificate"] is None
     lines = [json.loads(line) for line in offramp("run", bundle, data).stdout.splitlines()]
     assert len(lines) == 40
     assert lines[0].keys() == {"prediction", "exit_index", "score", "reason"}
@@ -103,6 +105,25 @@ def test_trace_says_what_it_recorded(bundle: Path, data: Path, tmp_path: Path, m
     assert "40 rows x 3 exits on onnxruntime fp16" in shown.stdout
     assert "uncut" not in shown.stdout, "there is no uncut model in FP16"
     assert load_trace(tmp_path / "t.npz").sha256 in shown.stdout
+
+
+def test_diagnose_reads_the_trace(bundle: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(traces, "_COST_SECONDS", 0.0)
+    assert "run `offramp trace" in offramp("diagnose", bundle).stderr
+    document = answer_of("trace", bundle, "--data", data, "--json")
+    found = answer_of("diagnose", bundle, "--json")
+    assert (found["num_rows"], found["num_labelled"], len(found["exits"])) == (40, 40, 3)
+    assert found == answer_of("diagnose", bundle, "--trace", document["path"], "--json")
+    shown = offramp("diagnose", bundle).stdout
+    assert "exit 2: accuracy" in shown
+    assert "overthinking: wasteful" in shown
+    unlabelled = tmp_path / "unlabelled.npz"
+    with np.load(data) as arrays:
+        np.savez(unlabelled, features=arrays["features"])
+    answer_of("trace", bundle, "--data", unlabelled, "--json")
+    shown = offramp("diagnose", bundle).stdout
+    assert "40 rows, 0 with a label" in shown
+    assert "accuracy" not in shown
 
 
 def test_without_the_whole_graph_the_uncut_model_is_not_timed(
@@ -159,7 +180,7 @@ def test_int8_runs_where_it_is_asked_for(tmp_path: Path, data: Path) -> None:
     assert [set(segment["graphs"]) for segment in exported["segments"]] == [{"fp32", "int8"}] * 3
     assert "int8_predictions_changed" in exported["parity"]
     report = answer_of("calibrate", bundle, "--data", data, "--precision", "int8", "--json")
-    assert report["precision"] == "int8"
+    assert report["precision"] == report["certificate"]["precision"] == "int8"
     assert "uncut" in answer_of("bench", bundle, "--data", data, "--requests", 2, "--precision", "int8", "--json")
     assert len(offramp("run", bundle, data, "--precision", "int8").stdout.splitlines()) == 40
     missing = offramp("run", bundle, data, "--precision", "fp16")
@@ -173,10 +194,62 @@ def test_int8_runs_where_it_is_asked_for(tmp_path: Path, data: Path) -> None:
 def test_without_labels_agreement_with_full_depth_is_bounded(bundle: Path, tmp_path: Path) -> None:
     path = tmp_path / "unlabelled.npz"
     np.savez(path, allow_pickle=False, features=np.random.default_rng(1).standard_normal((30, 6)).astype(np.float32))
-    refused = offramp("calibrate", bundle, "--data", path)
+    refused = offramp("calibrate", bundle, "--data", path, "--max-drop", "0.01")
     assert refused.exit_code == 2
     assert "label" in refused.output
-    assert answer_of("calibrate", bundle, "--data", path, "--consistency", "--json")["drop"] <= 0.01
+    unbound = answer_of("calibrate", bundle, "--data", path, "--max-drop", "0.01", "--consistency", "--json")
+    assert unbound["drop"] <= 0.01
+
+
+def unlabelled_rows(path: Path, count: int) -> Path:
+    """A file of inputs alone."""
+    np.savez(path, allow_pickle=False, features=np.random.default_rng(2).standard_normal((count, 6)).astype(np.float32))
+    return path
+
+
+def test_calibrate_certifies_unless_told_otherwise(bundle: Path, tmp_path: Path) -> None:
+    data = unlabelled_rows(tmp_path / "unlabelled.npz", 600)
+    document = answer_of("calibrate", bundle, "--data", data, "--max-risk", "0.1", "--patience", "1", "--json")
+    certificate = document["certificate"]
+    assert (certificate["risk"], certificate["max_risk"], certificate["confidence"]) == ("consistency", 0.1, 0.95)
+    assert certificate["num_rows"] == document["num_rows"] == 400
+    assert document["policy"]["patience"] == 1
+    with Runner.open(bundle, require_certificate=True) as runner:
+        assert runner.certificate is not None
+        assert runner.certificate.policy_sha256 == runner.policy.sha256
+    shown = offramp("inspect", bundle).stdout
+    assert "answers that differ from full depth's: at most 10.00%, with 95.0% confidence" in shown
+    compared = offramp("calibrate", bundle, "--max-risk", "0.1", "--compare")  # the trace is there now
+    assert compared.exit_code == 0
+    assert "known about other rows: nothing" in compared.stdout
+    assert "using" in compared.stderr
+    shown = offramp("calibrate", bundle, "--max-drop", "0.1", "--consistency")
+    assert "not certified" in shown.stdout
+    assert "no certificate" in offramp("inspect", bundle).stdout
+    with pytest.raises(CertificateError):
+        Runner.open(bundle, require_certificate=True)
+
+
+def test_a_stale_certificate_is_shown_as_such(bundle: Path, tmp_path: Path) -> None:
+    data = unlabelled_rows(tmp_path / "unlabelled.npz", 60)
+    offramp("calibrate", bundle, "--data", data, "--max-risk", "0.1")
+    path = bundle / "certificate.json"
+    path.write_text(path.read_text().replace('"policy_sha256": "', '"policy_sha256": "0'))
+    assert "not of this bundle as it is: it is for policy 0" in offramp("inspect", bundle).stdout
+    path.unlink()
+
+
+def test_a_trace_of_other_engines_is_refused(bundle: Path, tmp_path: Path) -> None:
+    data = unlabelled_rows(tmp_path / "unlabelled.npz", 30)
+    with Runner.open(bundle) as runner:
+        trace = runner.record([dict(np.load(data))])
+    save_trace(tmp_path / "trace.npz", replace(trace, files=("0" * 64,) * 3))
+    refused = offramp("calibrate", bundle, "--trace", tmp_path / "trace.npz")
+    assert refused.exit_code == 2
+    assert "engines that" in refused.stderr
+    assert "offramp trace" in refused.stderr
+    save_trace(tmp_path / "trace.npz", trace)
+    assert offramp("calibrate", bundle, "--trace", tmp_path / "trace.npz").exit_code == 0
 
 
 def test_export_an_onnx_file_with_exits_and_calibration_data(tmp_path: Path) -> None:
@@ -217,6 +290,16 @@ MISTAKES = {
     "not a bundle": (("run", "{tmp}"), 1, "is not a bundle"),
     "no GPU": (("build-engine", "{bundle}", "--backend", "tensorrt"), 1, "tensorrt-rtx"),
     "bad shapes": (("build-engine", "{bundle}", "--opt-shapes", "nothing:1x2"), 2, "nothing"),
+    "a class for another risk": (("calibrate", "{bundle}", "--class", "0"), 2, "no other risk takes one"),
+    "a risk without its class": (("calibrate", "{bundle}", "--risk", "missed_detection"), 2, "needs a --class"),
+    "an unknown class": (
+        ("calibrate", "{bundle}", "--risk", "missed_detection", "--class", "9"),
+        2,
+        "the model knows",
+    ),
+    "certified and not": (("calibrate", "{bundle}", "--max-drop", "0.1", "--patience", "2"), 2, "exclude each other"),
+    "a flag that does nothing": (("calibrate", "{bundle}", "--consistency"), 2, "goes with --max-drop"),
+    "a risk of two": (("calibrate", "{bundle}", "--max-risk", "2"), 2, "got max_risk 2.0"),
     "data of no kind": (("calibrate", "{bundle}", "--data", "data.npz"), 2, "data.npz"),
     "no tokenizer": (("run", "{bundle}"), 1, "no tokenizer"),
     "batch sizes of nothing": (("bench", "{bundle}", "--batch-sizes", "8,0"), 2, "such as 1,8,32"),
@@ -280,18 +363,3 @@ def test_doctor_names_what_is_missing_and_the_cure() -> None:
     assert findings["build tensorrt"]["works"] or "offramp[tensorrt]" in findings["build tensorrt"]["detail"]
     assert findings["run on tensorrt-rtx"]["works"] == findings["gpu"]["works"]
     assert findings["gpu"]["works"] or "run on an NVIDIA GPU" in findings["run on tensorrt-rtx"]["detail"]
-
-
-def test_defaults_of_train_are_those_of_the_recipe() -> None:
-    from offramp.models.encoder import EncoderConfig
-    from offramp.models.plan import demo_plan
-
-    plan, config = demo_plan(), EncoderConfig()
-    defaults = {option.name: option.default for option in main.commands["train"].params}
-    assert (defaults["epochs"], defaults["distil_epochs"]) == tuple(stage.epochs for stage in plan.stages)
-    for name in ("encoder_lr", "head_lr"):
-        assert {defaults[name]} == {getattr(stage, name) for stage in plan.stages}
-    assert defaults["early_weight"] == plan.stages[0].loss.early_weight
-    assert (defaults["batch_size"], defaults["seed"]) == (plan.run.batch_size, plan.run.seed)
-    assert defaults["exits"] == ",".join(map(str, config.exits))
-    assert (defaults["pooling"], defaults["early_pooling"]) == (config.pooling, config.early_pooling)

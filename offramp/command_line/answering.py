@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +29,24 @@ from offramp.command_line.options import (
 @click.option("--policy", "policy_path", type=click.Path(exists=True, path_type=Path), help="A policy.json to use.")
 @click.option("--full-depth", is_flag=True, help="Close all exits.")
 @click.option("--batch-size", default=1, show_default=True, type=click.IntRange(min=1), help="Rows per request.")
+@click.option("--monitor", "monitor_path", type=click.Path(path_type=Path), help="Watch, and keep a snapshot here.")
 @BACKEND
 @PRECISION
 @THREADS
 def run(bundle: Path, data: str, policy_path: Path | None, full_depth: bool, batch_size: int, **options: Any) -> None:
     """Answer DATA (texts, one per line; an .npz of inputs; - for stdin): one JSON object per row on stdout."""
     from offramp.commands.answers import answers
+    from offramp.commands.monitoring import monitored
     from offramp.policy import Policy
     from offramp.runtime import Runner
 
     policy = Policy.from_json(policy_path.read_bytes()) if policy_path else None
-    with Runner.open(bundle, policy=Policy.full_depth() if full_depth else policy, **options) as runner:
+    monitor_path: Path | None = options.pop("monitor_path")
+    with ExitStack() as stack:
+        runner = Runner.open(bundle, policy=Policy.full_depth() if full_depth else policy, **options)
+        stack.enter_context(runner)
+        if monitor_path is not None:
+            stack.enter_context(monitored(runner, monitor_path, lambda line: click.echo(line, err=True)))
         for answer in answers(runner, data, batch_size):
             click.echo(json.dumps(answer))
 

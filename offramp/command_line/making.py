@@ -1,9 +1,8 @@
-"""Commands that make a bundle: train, export, build-engine."""
+"""Commands that make a bundle: export, build-engine."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -20,54 +19,13 @@ from offramp.command_line.options import (
 )
 from offramp.errors import OptionError
 
-POOLING = click.Choice(["window", "mean", "cls"])  # window: a small network over every token and its neighbours
-
-
-@click.command()
-@click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Checkpoint directory to write.")
-@click.option("--data", default="rotten-tomatoes", show_default=True, help="rotten-tomatoes, or a .csv/.jsonl file.")
-@click.option("--encoder", default="", help="Directory of a pretrained BertModel.  [default: MiniLM-L6]")
-@click.option(
-    "--exits",
-    default="0,2,4,6",
-    show_default=True,
-    help="Exits after these layers (0: the embeddings); the last is final.",
-)
-@click.option("--pooling", type=POOLING, default="mean", show_default=True, help="What the final exit reads.")
-@click.option("--early-pooling", type=POOLING, default="window", show_default=True, help="What the other exits read.")
-@click.option("--unlabelled", default="", help="imdb, or a .csv/.jsonl file.  [default: imdb with rotten-tomatoes]")
-@click.option("--epochs", default=2, show_default=True)
-@click.option(
-    "--distil-epochs",
-    default=1,
-    show_default=True,
-    help="Then train the early exits alone, on labelled texts and on what the final exit answers to unlabelled ones.",
-)
-@click.option("--batch-size", default=32, show_default=True)
-@click.option("--encoder-lr", default=1e-4, show_default=True)
-@click.option("--head-lr", default=1e-3, show_default=True)
-@click.option("--early-weight", default=0.3, show_default=True, help="Loss weight of early exits; the final one has 1.")
-@click.option("--max-length", default=128, show_default=True, help="Longer texts are cut to this many tokens.")
-@click.option("--seed", default=0, show_default=True)
-@click.option("--resume", is_flag=True, help="Go on with an interrupted run in OUTPUT, with its options.")
-@JSON
-def train(output: Path, resume: bool, as_json: bool, **options: Any) -> None:
-    """Train an encoder classifier with exits: all exits together (joint weighted loss), then the early ones alone."""
-    # Read when torch is imported: spinning threads cost 3 to 6 times the time beside any other work (docs/log.md).
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from offramp.commands.training import TrainRequest, train_checkpoint
-
-    report = train_checkpoint(output, TrainRequest(**options), resume, progress=not as_json)
-    exits = [f"{accuracy:.3f}" for accuracy in report.validation]
-    text = f"{output}: validation accuracy per exit {' '.join(exits)}, {report.seconds:.0f} s"
-    print_result(as_json, dataclasses.asdict(report), [text, f"next: offramp export {output} -o BUNDLE"])
-
 
 @click.command()
 @click.argument("model")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Bundle directory to write.")
 @click.option("--exits", default="", help="Outputs that are exits, in order of depth: logits_1,logits_2,…")
 @click.option("--learned", default="", help="Outputs with the exits' learned confidences: conf_1,conf_2; - for none.")
+@click.option("--retention", default="", help="Outputs with the share of tokens that is left at the exits, likewise.")
 @click.option("--opset", default=20, show_default=True, help="ONNX opset to capture at.")
 @click.option(
     "--precision",
@@ -89,8 +47,10 @@ def export(model: str, output: Path, exits: str, precision: str, as_json: bool, 
     MODEL is a checkpoint directory of `offramp train`, package.module:factory returning (nn.Module, Example), or
     a Llama-like model (a .gguf file or a `transformers` directory; exits by --layers), or
     an .onnx file whose outputs named by --exits are the exits and whose inputs have the rows on axis 0. Exits may have
-    a learned confidence, the probability that they are right: a torch model returns it, for an .onnx pass --learned.
+    a learned confidence, the probability that they are right, and a token retention: a torch model returns them, for
+    an .onnx pass --learned and --retention.
     """
+    from offramp.bundle import ROW_OUTPUTS
     from offramp.commands.decoders import export_llama, is_decoder
     from offramp.commands.sources import source_from_argument
     from offramp.export.export_bundle import ExportOptions, check_target, export_bundle
@@ -105,9 +65,9 @@ def export(model: str, output: Path, exits: str, precision: str, as_json: bool, 
         return
     steps("capturing")
     ranges = _dimension_ranges(options["dimension"])
-    learned = names_from_text(options["learned"])
+    row_outputs = {kind: names_from_text(options[kind]) for kind in ROW_OUTPUTS}
     source = source_from_argument(
-        model, names_from_text(exits), options["opset"], options["calibration_data"], ranges, learned
+        model, names_from_text(exits), options["opset"], options["calibration_data"], ranges, row_outputs
     )
     manifest = export_bundle(source, output, lowering, steps)
     _print_exported(output, manifest.parity["rows"], as_json)

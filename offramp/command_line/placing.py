@@ -11,7 +11,6 @@ import click
 from offramp.command_line.options import (
     BACKEND,
     BUNDLE,
-    DATA,
     JSON,
     PRECISION,
     THREADS,
@@ -26,7 +25,7 @@ from offramp.errors import OptionError
 @click.command("place")
 @BUNDLE
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Bundle directory to write.")
-@DATA
+@click.option("--data", default="", help="Record a trace of this data.  [default: the trace that is there]")
 @click.option("--max-risk", default=0.01, show_default=True, help="Share of the rows that may be lost.")
 @click.option("--confidence", default=0.95, show_default=True, help="Of the certificate that is to follow.")
 @click.option(
@@ -55,7 +54,8 @@ def place(bundle: Path, output: Path | None, keep: str, dry_run: bool, as_json: 
     its plans, and calibrate it, before it answers anybody.
     """
     from offramp.commands.placing import PlaceRequest, lines_from_placed, place_bundle
-    from offramp.tuning.placement import PlacementOptions
+    from offramp.commands.traces import TraceRequest
+    from offramp.tuning.placement_data import PlacementOptions
 
     if not (output or dry_run):
         raise OptionError("place: pass -o PLACED, the bundle to write, or --dry-run")
@@ -65,7 +65,8 @@ def place(bundle: Path, output: Path | None, keep: str, dry_run: bool, as_json: 
         keep=_exits_from_text(keep),
     )
     request = PlaceRequest(
-        **picked(options, "data", "calibration_data", "backend", "precision", "threads", "exit_ms"),
+        TraceRequest(**picked(options, "data", "backend", "precision", "threads")),
+        **picked(options, "calibration_data", "exit_ms"),
         is_measured_anew=options["measure"],
     )
     written = None if dry_run else output

@@ -43,9 +43,10 @@ from offramp.runtime.backends import ONNXRUNTIME
 from offramp.runtime.engine import Engine, SegmentOutput
 from offramp.runtime.onnxruntime_engine import OnnxRuntimeEngine, open_session
 from offramp.storage import write_file
-from offramp.tuning.placement import Costs
+from offramp.tuning.placement_data import Costs
 
-ROUNDS = 120
+TIMED_ROWS = 48
+_REPEATS = 3  # of every row; the fastest counts, which is the one that nothing else disturbed
 _WARM_UP_ROUNDS = 8
 _NEVER = 1e3  # a temperature at which no row is sure: every decision is made, nobody leaves
 
@@ -59,7 +60,7 @@ class MeasuredCosts:
 
     costs: Costs
     no_exits_ms: float
-    rounds: int
+    num_rows: int
 
     @property
     def residual(self) -> float:
@@ -86,7 +87,7 @@ def cached_costs(
 
 
 def measured_costs(
-    bundle: Path, runner: Runner, rows: Sequence[Inputs], threads: int, progress: Progress, rounds: int = ROUNDS
+    bundle: Path, runner: Runner, rows: Sequence[Inputs], threads: int, progress: Progress
 ) -> MeasuredCosts:
     """Time every segment, exit and the uncut model on `rows`, single rows, in turn.
 
@@ -111,14 +112,14 @@ def measured_costs(
         if num_early > 1:
             passes["none"] = variants.pass_without(range(num_early), plain)
         passes["uncut"] = variants.uncut_pass()
-        progress(f"timing {len(passes)} variants on {rounds} rows")
-        times = _interleaved(passes, rows, rounds)
-    return _costs_from_times(times, is_lowered, rounds)
+        progress(f"timing {len(passes)} variants on {len(rows)} rows, {_REPEATS} times each")
+        times = _interleaved(passes, rows)
+    return _costs_from_times(times, is_lowered)
 
 
-def _costs_from_times(times: Mapping[str, NDArray[np.float64]], is_lowered: bool, rounds: int) -> MeasuredCosts:
-    """Medians over the rounds; an exit's cost is that of the differences, row by row, and at least 0."""
-    chain = times["fp32" if is_lowered else "all"]  # (R, E)
+def _costs_from_times(times: Mapping[str, NDArray[np.float64]], is_lowered: bool) -> MeasuredCosts:
+    """Medians over the rows; an exit's cost is that of the differences, row by row, and at least 0."""
+    chain = times["fp32" if is_lowered else "all"]  # (N, E)
     num_early = chain.shape[1] - 1
     exits_ms = [
         max(0.0, float(np.median(chain[:, k] + chain[:, k + 1] - times[f"without {k}"][:, k])))
@@ -130,7 +131,7 @@ def _costs_from_times(times: Mapping[str, NDArray[np.float64]], is_lowered: bool
     costs = Costs(tuple(segments_ms.tolist()), tuple(exits_ms), uncut_ms)
     none = times.get("none", times.get("without 0", chain))
     no_exits_ms = float(costs.path_ms(())[-1]) if is_lowered else float(np.median(none.sum(axis=1)))
-    return MeasuredCosts(costs, no_exits_ms, rounds)
+    return MeasuredCosts(costs, no_exits_ms, len(chain))
 
 
 class _TimedEngine:
@@ -188,7 +189,7 @@ class _Variants:
         manifest = load_manifest(bundle)
         whole = load_reference(bundle, manifest)
         source = source_from_bundle(bundle, manifest, whole)
-        roles = Roles(source.learned, source.late)
+        roles = Roles(source.row_outputs, source.late)
         probed = probed_graph(whole, source.exits, source.inputs, source.dimensions, source.example, roles)
 
         def cut_at(kept: Sequence[int]) -> CutModel:
@@ -239,18 +240,21 @@ class _Variants:
         return run
 
 
-def _interleaved(passes: Mapping[str, _Pass], rows: Sequence[Inputs], rounds: int) -> dict[str, NDArray[np.float64]]:
-    """Milliseconds per segment, (rounds, segments) for every pass; each round one row, another pass first."""
+def _interleaved(passes: Mapping[str, _Pass], rows: Sequence[Inputs]) -> dict[str, NDArray[np.float64]]:
+    """Milliseconds per segment, (rows, segments) for every pass: the fastest of `_REPEATS`.
+
+    Each round is one row, and another pass comes first in the next one.
+    """
     names = list(passes)
     times: dict[str, list[list[float]]] = {name: [] for name in names}
-    for current in range(-_WARM_UP_ROUNDS, rounds):
+    for current in range(-_WARM_UP_ROUNDS, _REPEATS * len(rows)):
         inputs = rows[current % len(rows)]
         for offset in range(len(names)):
             name = names[(current + offset) % len(names)]
             taken = passes[name](inputs)
             if current >= 0:
                 times[name].append(taken)
-    return {name: np.array(taken) for name, taken in times.items()}
+    return {name: np.array(taken).reshape(_REPEATS, len(rows), -1).min(axis=0) for name, taken in times.items()}
 
 
 def _tupled(value: Any) -> Any:

@@ -7,8 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from offramp.bundle import load_manifest, read_file, read_policy
+from offramp.bundle import Manifest, load_manifest, read_certificate, read_file, read_policy
+from offramp.certificate import Certificate
+from offramp.export.row_outputs import WORDS
 from offramp.plan import check_plan_header, plan_header
+from offramp.policy import Policy
 
 
 def describe_bundle(bundle: Path) -> dict[str, Any]:
@@ -17,7 +20,7 @@ def describe_bundle(bundle: Path) -> dict[str, Any]:
     Raises BundleError or PlanError for the first file that is not as recorded.
     """
     manifest = load_manifest(bundle)
-    read_policy(bundle, manifest)
+    policy = Policy.from_json(read_policy(bundle, manifest))
     if manifest.text:
         read_file(bundle, manifest.text.tokenizer)
     description = dataclasses.asdict(manifest)
@@ -29,7 +32,27 @@ def describe_bundle(bundle: Path) -> dict[str, Any]:
             content = read_file(bundle, plan.file)
             check_plan_header(content, plan)
             plan_shown["header"] = dataclasses.asdict(plan_header(content))
+    description["certificate"] = _certificate(read_certificate(bundle), manifest, policy)
     return description
+
+
+def _certificate(content: bytes, manifest: Manifest, policy: Policy) -> dict[str, Any] | None:
+    """The certificate, its words, and why it is not for this bundle as it is ("": it is); None without one."""
+    if not content:
+        return None
+    certificate = Certificate.from_json(content)
+    graphs = [
+        segment.graphs[certificate.precision]
+        for segment in manifest.segments
+        if certificate.precision in segment.graphs
+    ]
+    plans = [
+        plan.file for segment in manifest.segments for plan in segment.plans if plan.backend == certificate.backend
+    ]
+    known = {record.sha256 for record in (*graphs, *plans)}
+    files = tuple(sha256 if sha256 in known else "" for sha256 in certificate.files)
+    obstacle = certificate.obstacle(files, certificate.backend, certificate.precision, policy.sha256)
+    return {**dataclasses.asdict(certificate), "words": certificate.words(), "obstacle": obstacle}
 
 
 def lines_from_description(description: dict[str, Any]) -> Iterator[str]:
@@ -43,8 +66,8 @@ def lines_from_description(description: dict[str, Any]) -> Iterator[str]:
     for precision, dimension in description["trims"].items():
         yield f"  cuts off padding along {dimension} in {precision}"
     for segment, exit_spec in zip(description["segments"], description["exits"], strict=True):
-        learned = f", learned confidence {exit_spec['learned']}" if exit_spec["learned"] else ""
-        yield f"segment {segment['index']} → exit {exit_spec['name']}, {exit_spec['num_classes']} classes{learned}"
+        others = "".join(f", {words.called} {exit_spec[kind]}" for kind, words in WORDS.items() if exit_spec[kind])
+        yield f"segment {segment['index']} → exit {exit_spec['name']}, {exit_spec['num_classes']} classes{others}"
         for tensor in segment["carry_out"]:
             yield f"  carries {tensor['name']} {tensor['dtype']} {_shape(tensor['shape'])}"
         for precision, record in segment["graphs"].items():
@@ -55,6 +78,16 @@ def lines_from_description(description: dict[str, Any]) -> Iterator[str]:
                 f"  plan {plan['precision']}: {plan['file']['path']}, {plan['file']['bytes'] / 1e6:.1f} MB, "
                 f"header says {header['backend']} {header['version']}, for SM {', '.join(plan['targets'])}"
             )
+    yield from _certificate_lines(description["certificate"])
+
+
+def _certificate_lines(found: dict[str, Any] | None) -> Iterator[str]:
+    if found is None:
+        yield "no certificate"
+        return
+    yield "certificate" + (f" (not of this bundle as it is: {found['obstacle']})" if found["obstacle"] else "")
+    for line in found["words"]:
+        yield f"  {line}"
 
 
 def _shape(shape: Any) -> str:

@@ -9,24 +9,24 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from offramp.bundle import Manifest, load_manifest, read_policy
-from offramp.commands.dataset import Dataset, Inputs, load_dataset
-from offramp.commands.exit_costs import cached_costs
+from offramp.bundle import load_manifest, read_policy
+from offramp.commands.dataset import ROTTEN_TOMATOES, Inputs, open_rows
+from offramp.commands.exit_costs import TIMED_ROWS, cached_costs
+from offramp.commands.traces import TraceRequest, trace_for
 from offramp.commands.uncut import load_reference
 from offramp.errors import OptionError
 from offramp.export.export_bundle import ExportOptions, Extras, check_target, export_bundle
-from offramp.export.recut import source_from_bundle, with_exits
+from offramp.export.recut import calibration_batches, source_from_bundle, with_exits
 from offramp.policy import Policy
 from offramp.runtime import Runner
 from offramp.trace import Trace
-from offramp.tuning.placement import Costs, PlacedExit, Placement, PlacementOptions, place
+from offramp.tuning.placement import place
+from offramp.tuning.placement_data import Costs, PlacedExit, Placement, PlacementOptions
 
 REPORT = "placement.json"  # below reports/ in the new bundle
 _CALIBRATION_ROWS = 16  # per batch, as `offramp export` calibrates
 _CALIBRATION_BATCHES = 16
-_TIMED_ROWS = 64  # of the data, spread over it
+_TRUSTED_RESIDUAL = 0.03  # costs that add up worse were measured beside other work
 
 Progress = Callable[[str], None]
 
@@ -35,11 +35,8 @@ Progress = Callable[[str], None]
 class PlaceRequest:
     """What to place, on which data, and what for. Raises OptionError when made with a negative cost."""
 
-    data: str
+    trace: TraceRequest
     calibration_data: str = ""  # for precisions below FP32; empty: what the bundle's reference kept
-    backend: str = "auto"
-    precision: str = "auto"
-    threads: int = 0
     exit_ms: float = math.nan  # what an exit costs a row that passes; NaN: measure
     is_measured_anew: bool = False
 
@@ -78,12 +75,11 @@ def place_bundle(
             raise OptionError(f"place: the new bundle cannot take the place of {bundle}; choose another -o")
         check_target(output)
     old = Policy.from_json(read_policy(bundle, load_manifest(bundle)))
-    opening = request.backend, Policy.full_depth(), request.threads, request.precision
+    opening = request.trace.backend, Policy.full_depth(), request.trace.threads, request.trace.precision
+    progress("looking for what every exit says")
+    trace = trace_for(bundle, request.trace, say=progress)
     with Runner.open(bundle, *opening) as runner:
-        progress("recording what every exit says")
-        dataset = load_dataset(runner, request.data, "validation")
-        trace = runner.record(dataset.batches, dataset.labels, old.temperatures)
-        costs, residual = _costs(bundle, runner, trace, dataset, request, progress)
+        costs, residual = _costs(bundle, runner, trace, request, progress)
         progress("choosing exits")
         placement = place(trace, costs, options, old.temperatures)
         placed = Placed(
@@ -96,35 +92,29 @@ def place_bundle(
 
 
 def _costs(
-    bundle: Path, runner: Runner, trace: Trace, dataset: Dataset, request: PlaceRequest, progress: Progress
+    bundle: Path, runner: Runner, trace: Trace, request: PlaceRequest, progress: Progress
 ) -> tuple[Costs, float | None]:
     """What a row pays, and how well it adds up: measured, or the segments of the trace and an exit's cost as given."""
     if math.isnan(request.exit_ms):
-        rows = _single_rows(dataset, runner.manifest)
-        measured = cached_costs(bundle, runner, rows, request.threads, progress, request.is_measured_anew)
+        asked = request.trace
+        rows = _timed_rows(bundle, runner, asked)
+        measured = cached_costs(bundle, runner, rows, asked.threads, progress, request.is_measured_anew)
         return measured.costs, measured.residual
     exits_ms = (request.exit_ms,) * (trace.num_exits - 1)
-    return Costs(tuple(trace.costs_ms.tolist()), exits_ms, float(trace.costs_ms.sum()) - sum(exits_ms)), None
+    no_exits_ms = float(trace.costs_ms.sum()) - sum(exits_ms)
+    uncut_ms = no_exits_ms if math.isnan(trace.uncut_ms) else trace.uncut_ms
+    return Costs(tuple(trace.costs_ms.tolist()), exits_ms, uncut_ms), None
 
 
-def _single_rows(dataset: Dataset, manifest: Manifest) -> list[Inputs]:
-    """Rows from all over the data as requests of their own, without the padding of the batch they came in."""
-    rows = dataset.rows()
-    chosen = [rows[place] for place in np.linspace(0, len(rows) - 1, min(_TIMED_ROWS, len(rows))).astype(int)]
-    masks = [spec for spec in manifest.inputs if spec.is_mask and len(spec.shape) == 2]
-    if len(masks) != 1:
-        return chosen
-    name, dimension = masks[0].name, masks[0].shape[1]
-    axes = {spec.name: [axis for axis, size in enumerate(spec.shape) if size == dimension] for spec in manifest.inputs}
-    alone = []
-    for row in chosen:
-        length = int(row[name][0].nonzero()[0].max(initial=0)) + 1
-        index = {key: [slice(None)] * array.ndim for key, array in row.items()}
-        for key, found in axes.items():
-            for axis in found:
-                index[key][axis] = slice(length)
-        alone.append({key: np.ascontiguousarray(array[tuple(index[key])]) for key, array in row.items()})
-    return alone
+def _timed_rows(bundle: Path, runner: Runner, asked: TraceRequest) -> list[Inputs]:
+    """Single rows of the data; where none was named and the model reads no texts, of what it was exported with."""
+    if asked.data or runner.manifest.text:
+        stream = open_rows(runner, asked.data or ROTTEN_TOMATOES, asked.split, 1, TIMED_ROWS)
+        return [dict(one.inputs) for one in stream]
+    batches = calibration_batches(bundle)
+    sizes = [len(next(iter(batch.values()))) for batch in batches]
+    rows = [(batch, row) for batch, size in zip(batches, sizes, strict=True) for row in range(size)]
+    return [{name: array[row : row + 1] for name, array in batch.items()} for batch, row in rows[:TIMED_ROWS]]
 
 
 def _left_out(policy: Policy) -> tuple[str, ...]:
@@ -142,7 +132,8 @@ def _calibration(runner: Runner, data: str) -> tuple[Inputs, ...]:
     """Batches to lower with, none where the reference's are meant."""
     if not data:
         return ()
-    return load_dataset(runner, data, "train", _CALIBRATION_ROWS).batches[:_CALIBRATION_BATCHES]
+    limit = _CALIBRATION_ROWS * _CALIBRATION_BATCHES
+    return tuple(dict(batch.inputs) for batch in open_rows(runner, data, "train", _CALIBRATION_ROWS, limit))
 
 
 def _write(bundle: Path, output: Path, placed: Placed, batches: tuple[Inputs, ...], progress: Progress) -> None:
@@ -173,6 +164,7 @@ def lines_from_placed(placed: Placed) -> list[str]:
         f"with none {found.no_exits_ms:.3f}, uncut {found.costs.uncut_ms:.3f}",
         f"full depth {found.worst_case:.3f} x the uncut model ({bound}); {found.lost} of {found.num_rows} rows lost "
         f"(at most {found.max_lost}: {options.risk} {options.max_risk:g} could then be certified on as many rows)",
+        f"on rows that did not choose, by halves: {found.held_out_ms:.3f} ms, {found.held_out_risk:.2%} lost",
         f"searched {found.combinations:,} choices: "
         + (
             "the optimum over all exits and thresholds" if found.is_complete else "the optimum over these, then refined"
@@ -186,7 +178,8 @@ def lines_from_placed(placed: Placed) -> list[str]:
         beyond = "" if one.is_allowed else ", beyond the bound"
         lines.append(f"  {kept:<30}{one.expected_ms:>9.3f} ms, full depth {one.worst_case:.3f}{beyond}")
     if placed.residual is not None:
-        lines.append(f"the chain without early exits was predicted {placed.residual:+.1%} from what it took")
+        advice = "" if abs(placed.residual) <= _TRUSTED_RESIDUAL else "; measure on a quiet machine (--measure)"
+        lines.append(f"costs add up: the chain without early exits is {placed.residual:+.1%} off{advice}")
     if placed.left_out:
         lines.append(f"not carried over from the old policy: {', '.join(placed.left_out)}")
     return lines

@@ -8,6 +8,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 from offramp.bundle import DimensionSpec, InputSpec
 from offramp.commands.dataset import ROTTEN_TOMATOES, arrays_from_npz
@@ -16,7 +20,11 @@ from offramp.export.chain import Arrays
 from offramp.export.source import ModelSource, TextSource, source_from_factory, source_from_model, source_from_onnx
 from offramp.models.data import load_rotten_tomatoes, load_texts
 
+if TYPE_CHECKING:
+    from offramp.models.checkpoint import Checkpoint
+
 CALIBRATION_TEXTS = "calibration.jsonl"  # beside a checkpoint: some of the texts that it was trained on
+CALIBRATION_ARRAYS = "calibration.npz"  # the same of images
 _BATCH = 16
 _MAX_BATCHES = 16
 
@@ -27,7 +35,7 @@ def source_from_argument(
     opset: int,
     calibration_data: str,
     dimensions: Mapping[str, DimensionSpec],
-    learned: Sequence[str] = (),
+    row_outputs: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> ModelSource:
     """The model that `model` names: a checkpoint directory, an .onnx file, or package.module:factory.
 
@@ -35,12 +43,13 @@ def source_from_argument(
     """
     path = Path(model)
     if path.suffix == ".onnx":
-        return _from_onnx(path, exits, learned, calibration_data, dimensions)
-    if learned:
-        raise OptionError(
-            f"--learned: got {','.join(learned)} for {model!r}; expected it for an .onnx file only: a torch model "
-            f"returns its learned confidences beside its logits"
-        )
+        return _from_onnx(path, exits, row_outputs, calibration_data, dimensions)
+    for kind, names in row_outputs.items():
+        if names:
+            raise OptionError(
+                f"--{kind}: got {','.join(names)} for {model!r}; expected it for an .onnx file only: a torch model "
+                f"returns its {kind} beside its logits"
+            )
     if path.is_dir():
         return _from_checkpoint(path, exits, opset, calibration_data)
     if ":" in model:
@@ -91,28 +100,61 @@ def _batches(path: Path, arrays: Arrays, inputs: Sequence[InputSpec]) -> tuple[A
 def _from_onnx(
     path: Path,
     exits: Sequence[str],
-    learned: Sequence[str],
+    row_outputs: Mapping[str, Sequence[str]],
     calibration_data: str,
     dimensions: Mapping[str, DimensionSpec],
 ) -> ModelSource:
-    source = source_from_onnx(path, exits, dimensions, {}, learned)
+    source = source_from_onnx(path, exits, dimensions, {}, row_outputs)
     if not calibration_data:
         return source
     batches = batches_from_file(Path(calibration_data), source.inputs)
-    return replace(source_from_onnx(path, exits, dimensions, batches[0], learned), calibration=batches)
+    return replace(source_from_onnx(path, exits, dimensions, batches[0], row_outputs), calibration=batches)
 
 
 def _from_checkpoint(path: Path, exits: Sequence[str], opset: int, calibration_data: str) -> ModelSource:
+    from offramp.models.checkpoint import load_checkpoint
+
+    checkpoint = load_checkpoint(path)
+    if checkpoint.tokenizer_path is None:
+        return _from_image_checkpoint(path, checkpoint, exits, opset, calibration_data)
+    return _from_text_checkpoint(path, checkpoint, exits, opset, calibration_data)
+
+
+def _from_image_checkpoint(
+    path: Path, checkpoint: Checkpoint, exits: Sequence[str], opset: int, calibration_data: str
+) -> ModelSource:
     import torch
 
     from offramp.export.capture import Example
-    from offramp.models.checkpoint import load_checkpoint
+
+    file = Path(calibration_data) if calibration_data else path / CALIBRATION_ARRAYS
+    if not file.is_file():
+        raise DataError(
+            f"{file} is not there; FP16 and INT8 are calibrated on real images: pass `--calibration-data` with an .npz "
+            "file that holds an array `pixels` (images, channels, height, width) of float32 in [0, 1]"
+        )
+    arrays = arrays_from_npz(file)
+    shape = checkpoint.config.image_shape
+    if "pixels" not in arrays or arrays["pixels"].shape[1:] != shape or len(arrays["pixels"]) < 2:
+        got = {name: array.shape for name, array in arrays.items()}
+        raise DataError(f"{file} holds {got}, expected pixels (images, {', '.join(map(str, shape))}), 2 images or more")
+    example = Example({"pixels": torch.from_numpy(arrays["pixels"][:_BATCH].astype(np.float32))})
+    source = source_from_model(path.name, checkpoint.model, example, opset, exits)
+    batches = _batches(file, {"pixels": arrays["pixels"].astype(np.float32)}, source.inputs)
+    return replace(source, calibration=batches, labels=checkpoint.label_names)
+
+
+def _from_text_checkpoint(
+    path: Path, checkpoint: Checkpoint, exits: Sequence[str], opset: int, calibration_data: str
+) -> ModelSource:
+    import torch
+
+    from offramp.export.capture import Example
     from offramp.models.data import load_tokenizer, token_ids
     from offramp.models.rows import padded
 
-    checkpoint = load_checkpoint(path)
+    assert checkpoint.tokenizer_path is not None, "a model of texts"
     texts = _calibration_texts(path, calibration_data)
-    assert checkpoint.tokenizer_path is not None
     tokenizer = load_tokenizer(checkpoint.tokenizer_path, checkpoint.max_length)
     rows = token_ids(tokenizer, texts[: _BATCH * _MAX_BATCHES])
     batches: list[Arrays] = []

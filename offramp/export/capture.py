@@ -1,7 +1,8 @@
 """Capture: from a torch model to one ONNX graph with all exits as outputs.
 
 A model is any `nn.Module` whose forward returns what its exits say in order, the final exit last. An exit is a tensor
-of logits, or a NamedTuple of `logits` and `learned`: the probability, per row, that these logits are right.
+of logits, or a NamedTuple of `logits` and what it has to say beside them, per row: `learned`, the probability that
+these logits are right, and `retention`, the share of the row's tokens that is left at this exit.
 """
 
 from __future__ import annotations
@@ -23,14 +24,15 @@ from numpy.typing import NDArray
 from onnx import ModelProto
 from torch import Tensor, nn
 
-from offramp.bundle import PREVIOUS_ROWS, ROWS, DimensionSpec
+from offramp.bundle import PREVIOUS_ROWS, ROW_OUTPUTS, ROWS, DimensionSpec
 from offramp.errors import CaptureError, OptionError
 from offramp.export.chain import open_session
+from offramp.export.row_outputs import WORDS
 from offramp.export.sizes import nominal_size, probing_sizes, resize_inputs
 from offramp.export.source import MASK_NAME, MAX_ROWS, input_specs
 
 DEFAULT_OPSET = 20  # from 23 on, torch writes Attention: ONNX Runtime's CPU provider refuses its masks
-LOGITS, LEARNED = "logits_", "learned_"  # of the names of the outputs; the number of the exit follows, from 1
+LOGITS = "logits"  # outputs are called logits_1, learned_1, …: the exit's number follows, from 1
 _COMPARED_SIZES = 3  # sizes at which model and graph are compared
 _RTOL, _ATOL = 1e-2, 1e-2  # wide enough for FP16 weights; what tracing fixed is wrong altogether
 _MAX_MESSAGE = 600
@@ -117,7 +119,7 @@ class Example:
 def graph_from_model(model: nn.Module, example: Example, opset: int = DEFAULT_OPSET) -> ModelProto:
     """Export `model` whole, all exits as outputs `logits_1` … `logits_E`, with dynamic rows.
 
-    After them come `learned_k` of every exit k that has a learned confidence. The same model gives the same bytes.
+    After them come `learned_k` and `retention_k` of every exit k that has them. The same model gives the same bytes.
     Raises CaptureError when torch cannot export it, or when it returns something else than described above.
     """
     with _evaluating(model):
@@ -186,10 +188,10 @@ def _kind(model: nn.Module) -> str:
 
 
 def _named(exits: Any) -> dict[str, Tensor]:
-    """What forward returned under the names of the graph's outputs: all logits first, then what is learned."""
-    logits = {f"{LOGITS}{k}": said if isinstance(said, Tensor) else said.logits for k, said in enumerate(exits, 1)}
-    learned = {f"{LEARNED}{k}": getattr(said, "learned", None) for k, said in enumerate(exits, 1)}
-    return logits | {name: tensor for name, tensor in learned.items() if tensor is not None}
+    """What forward returned under the names of the graph's outputs: all logits first, then what else there is."""
+    logits = {f"{LOGITS}_{k}": said if isinstance(said, Tensor) else said.logits for k, said in enumerate(exits, 1)}
+    others = {f"{kind}_{k}": getattr(said, kind, None) for kind in ROW_OUTPUTS for k, said in enumerate(exits, 1)}
+    return logits | {name: tensor for name, tensor in others.items() if tensor is not None}
 
 
 def _example_exits(model: nn.Module, example: Example) -> Any:
@@ -205,29 +207,31 @@ def _example_exits(model: nn.Module, example: Example) -> Any:
         raise CaptureError(
             f"{type(model).__name__}.forward returned {_drawn(exits)}; expected a tuple with one tensor of "
             f"logits (rows, classes) per exit, the final exit last; or, per exit, a NamedTuple with the fields logits "
-            f"and learned"
+            f"and any of {', '.join(ROW_OUTPUTS)}"
         )
     for name, tensor in _named(exits).items():
         kind, _, number = name.partition("_")
         place = f"exit {number} of {type(model).__name__}"
-        if kind == "logits" and (tensor.ndim != 2 or tensor.shape[0] != rows):
+        if kind == LOGITS and (tensor.ndim != 2 or tensor.shape[0] != rows):
             raise CaptureError(f"{place} is {tuple(tensor.shape)} for {rows} rows; expected ({rows}, classes)")
-        if kind == "learned" and tensor.shape not in ((rows,), (rows, 1)):
+        if kind in ROW_OUTPUTS and tensor.shape not in ((rows,), (rows, 1)):
             raise CaptureError(
-                f"{place}: its learned confidence is {tuple(tensor.shape)} for {rows} rows; expected ({rows},) or "
+                f"{place}: its {WORDS[kind].called} is {tuple(tensor.shape)} for {rows} rows; expected ({rows},) or "
                 f"({rows}, 1)"
             )
     return exits
 
 
 def _is_exit(said: Any) -> bool:
-    """Logits, or a NamedTuple of logits and perhaps a learned confidence: what else it had would be lost in silence."""
+    """Logits, or a NamedTuple of logits and perhaps ROW_OUTPUTS: what else it had would be lost in silence."""
     if isinstance(said, Tensor):
         return True
     fields = getattr(said, "_fields", ())
-    if "logits" not in fields or not {"logits", "learned"}.issuperset(fields):
+    if LOGITS not in fields or not {LOGITS, *ROW_OUTPUTS}.issuperset(fields):
         return False
-    return isinstance(said.logits, Tensor) and isinstance(getattr(said, "learned", None), (Tensor, type(None)))
+    return isinstance(said.logits, Tensor) and all(
+        isinstance(getattr(said, kind, None), (Tensor, type(None))) for kind in ROW_OUTPUTS
+    )
 
 
 def _drawn(exits: Any) -> str:

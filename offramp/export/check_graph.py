@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from onnx import NodeProto, numpy_helper
 
 from offramp.errors import CutError
 from offramp.export.graph import GraphView, describe_node, walk_nodes
+from offramp.export.row_outputs import WORDS, RowOutputs
 
 MIN_OPSET = 11  # TopK and ArgMax as the score head uses them
 _RANDOM = frozenset(
@@ -15,8 +16,8 @@ _RANDOM = frozenset(
 )
 
 
-def check_graph(view: GraphView, exits: Sequence[str], learned: Mapping[str, str]) -> None:
-    """Raise CutError, naming the output or operator, when `view` cannot be cut at `exits` (exit -> its confidence)."""
+def check_graph(view: GraphView, exits: Sequence[str], row_outputs: RowOutputs) -> None:
+    """Raise CutError, naming the output or operator, when `view` cannot be cut at `exits` with `row_outputs`."""
     graph = view.model.graph
     if view.opset < MIN_OPSET:
         raise CutError(
@@ -34,7 +35,7 @@ def check_graph(view: GraphView, exits: Sequence[str], learned: Mapping[str, str
                 f"would depend on the others; compute both sides and choose per row (torch.where)"
             )
     _check_exits(view, exits)
-    _check_learned(view, exits, learned)
+    _check_row_outputs(view, exits, row_outputs)
 
 
 def _check_deterministic(view: GraphView, node: NodeProto) -> None:
@@ -73,13 +74,14 @@ def _check_exits(view: GraphView, exits: Sequence[str]) -> None:
             raise CutError(f"exit {name!r} is not computed from any input; check which output it is")
 
 
-def _check_learned(view: GraphView, exits: Sequence[str], learned: Mapping[str, str]) -> None:
-    names = [*exits, *learned.values()]
-    if len(set(names)) != len(names):
-        raise CutError(f"got exits {', '.join(exits)} with learned {', '.join(learned.values())}, expected each once")
-    for name in learned.values():
+def _check_row_outputs(view: GraphView, exits: Sequence[str], row_outputs: RowOutputs) -> None:
+    named = [(kind, name) for found in row_outputs.values() for kind, name in found.items()]
+    if len({*exits, *(name for _, name in named)}) != len(exits) + len(named):
+        others = ", ".join(f"{kind} {name}" for kind, name in named)
+        raise CutError(f"got exits {', '.join(exits)} with {others}, expected each output once")
+    for kind, name in named:
         if name not in view.output_names or view.producer.get(name) is None:
             raise CutError(
-                f"learned confidence {name!r} is not computed by the graph; its outputs are "
-                f"{', '.join(view.output_names)}; pass `--learned` with some of these, in the order of the exits"
+                f"{WORDS[kind].called} {name!r} is not computed by the graph; its outputs are "
+                f"{', '.join(view.output_names)}; pass `--{kind}` with some of these, in the order of the exits"
             )

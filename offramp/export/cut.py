@@ -7,12 +7,12 @@ what crosses is decided by the minimum cut; nothing here knows any particular mo
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from onnx import ModelProto, inliner
 
-from offramp.bundle import PREVIOUS_ROWS, ROWS, DimensionSpec, InputSpec, TensorSpec
+from offramp.bundle import HIDDEN, LEARNED, PREVIOUS_ROWS, ROW_OUTPUTS, ROWS, DimensionSpec, InputSpec, TensorSpec
 from offramp.errors import CutError
 from offramp.export.check_graph import check_graph
 from offramp.export.costs import CostModel
@@ -20,9 +20,12 @@ from offramp.export.graph import GraphView, describe_node
 from offramp.export.mincut import CutProblem, minimum_carry
 from offramp.export.probe import Probe, probe_graph
 from offramp.export.roles import NO_ROLES, Roles
-from offramp.export.segment_graph import SegmentPlan, carry_specs, head_graph, segment_graph, state_specs
+from offramp.export.row_outputs import WORDS
+from offramp.export.segment_graph import LOGITS, SegmentPlan, carry_specs, head_graph, segment_graph, state_specs
+from offramp.export.simplify import reshape_target
 from offramp.export.sizes import Arrays
 
+_ANSWERS = frozenset({LOGITS, HIDDEN, *ROW_OUTPUTS})  # the other outputs of an exit are states
 _FLOATS = frozenset({"float16", "float32", "float64"})
 
 
@@ -70,8 +73,8 @@ def segments_from_graph(
 ) -> CutModel:
     """Cut `model` at `exits`, output names in order of depth; the last one is the final exit.
 
-    `example` maps input names to arrays with rows first; they are cut or repeated to the sizes probed. A
-    learned confidence is part of what its exit needs; so is a state that is made on the way to it.
+    `example` maps input names to arrays with rows first; they are cut or repeated to the sizes probed. What
+    `roles` names of an exit is part of what it needs; so is a state that is made on the way to it.
     Raises CutError, with the tensor or operator named, when the graph cannot be cut there, and CaptureError when
     a dimension is not dynamic as declared.
     """
@@ -88,7 +91,7 @@ def probed_graph(
 ) -> ProbedGraph:
     """`model`, found fit to be cut at `exits` or some of them, and run on `example`. Arguments and errors as above."""
     view = GraphView(inliner.inline_local_functions(model) if model.functions else model)
-    check_graph(view, exits, roles.learned)
+    check_graph(view, exits, roles.row_outputs)
     _check_roles(view, exits, roles)
     return ProbedGraph(view, probe_graph(view, inputs, dimensions, example), inputs, dimensions)
 
@@ -96,10 +99,11 @@ def probed_graph(
 def segments_from_probed(probed: ProbedGraph, exits: Sequence[str], roles: Roles = NO_ROLES) -> CutModel:
     """Cut a probed graph at `exits`; what `roles` say of others does not count. Raises CutError."""
     view, probe, inputs = probed.view, probed.probe, probed.inputs
-    learned, heads = ({name: of[name] for name in exits if name in of} for of in (roles.learned, roles.heads))
-    roles = replace(roles, learned=learned, heads=heads)
+    row_outputs = {name: roles.row_outputs[name] for name in exits if name in roles.row_outputs}
+    heads = {name: roles.heads[name] for name in exits if name in roles.heads}
+    roles = replace(roles, row_outputs=row_outputs, heads=heads)
     num_classes = _check_exits(probe, exits, roles)
-    _check_learned(probe, roles)
+    _check_row_outputs(probe, roles)
     plans = _plan_segments(view, probe, exits, roles, CostModel())
     apart = {name: head_graph(view, probe, (name, hidden), num_classes) for name, hidden in heads.items()}
     segments: list[Segment] = []
@@ -135,18 +139,27 @@ def _check_roles(view: GraphView, exits: Sequence[str], roles: Roles) -> None:
 
 
 def _check_exits(probe: Probe, exits: Sequence[str], roles: Roles) -> int:
-    """Every exit is (rows, C) floats with the same C >= 2, row by row; returns C. (rows, X, C) with a separate head."""
+    """Every exit is (rows, C) floats with the same C, row by row; returns C. With a separate head, (rows, X, C).
+
+    C is at least 2, or 1 for a regression, whose exits before the final one need a learned confidence: a single number
+    says nothing of how sure it is.
+    """
     classes = {}
+    has_learned = [LEARNED in roles.row_outputs.get(name, {}) for name in exits[:-1]]
+    least = 1 if has_learned and all(has_learned) else 2
     for name in (*exits, *roles.heads.values()):
         facts, shape = probe.tensors[name], probe.shape(name)
         drawn = f"({', '.join(map(str, shape))})"
         rank = 3 if name in roles.heads or name not in exits else 2
-        if len(shape) != rank or not isinstance(shape[-1], int) or shape[-1] < 2 or facts.dtype not in _FLOATS:
-            hint = "; a binary exit needs two logits, such as (0, x)" if shape[1:] == (1,) else ""
-            wanted = "(rows, classes)" if rank == 2 else "(rows, positions, classes or width)"
+        if len(shape) != rank or not isinstance(shape[-1], int) or shape[-1] < least or facts.dtype not in _FLOATS:
+            hint = (
+                "; a binary exit needs two logits, such as (0, x), a regression learned confidences"
+                if shape[1:] == (1,)
+                else ""
+            )
             raise CutError(
                 f"exit {name!r} is {facts.dtype} of shape {drawn}; expected floating-point logits of shape "
-                f"{wanted} with at least 2 classes{hint}"
+                f"({'rows, classes' if rank == 2 else 'rows, positions, classes'}) with at least 2 classes{hint}"
             )
         if facts.row_axis != 0:
             raise CutError(
@@ -161,18 +174,19 @@ def _check_exits(probe: Probe, exits: Sequence[str], roles: Roles) -> int:
     return classes.popitem()[1]
 
 
-def _check_learned(probe: Probe, roles: Roles) -> None:
-    """Every learned confidence is (rows,) or (rows, 1) floats, or one per position, row by row."""
-    for exit_name, name in roles.learned.items():
-        facts, shape = probe.tensors[name], probe.shape(name)
+def _check_row_outputs(probe: Probe, roles: Roles) -> None:
+    """Every one is (rows,) or (rows, 1) floats, or one per position at an exit with a separate head, row by row."""
+    for exit_name, found in roles.row_outputs.items():
         head = roles.heads.get(exit_name)
-        fits = shape == probe.shape(head)[:2] if head else shape in ((ROWS,), (ROWS, 1))
-        if facts.dtype not in _FLOATS or not fits or facts.row_axis != 0:
-            raise CutError(
-                f"learned confidence {name!r} of exit {exit_name!r} is {facts.dtype} of shape "
-                f"({', '.join(map(str, shape))}); expected floating-point probabilities of shape (rows,) or (rows, 1), "
-                f"each of its row alone"
-            )
+        shapes = [probe.shape(head)[:2]] if head else [(ROWS,), (ROWS, 1)]
+        for kind, name in found.items():
+            facts, shape = probe.tensors[name], probe.shape(name)
+            if facts.dtype not in _FLOATS or shape not in shapes or facts.row_axis != 0:
+                raise CutError(
+                    f"{WORDS[kind].called} {name!r} of exit {exit_name!r} is {facts.dtype} of shape "
+                    f"({', '.join(map(str, shape))}); expected floating-point numbers of shape (rows,) or (rows, 1), "
+                    f"each of its row alone"
+                )
 
 
 def _plan_segments(
@@ -184,22 +198,19 @@ def _plan_segments(
     tensor of the same law. Where no carried tensor has that law, or the law is not one because values decide the
     shape, the operator is pinned, which makes its tensor count as needed data, and everything is cut again.
     """
+    needed = _needed_reads(view, probe)
     shapes = {i: node.input[0] for i, node in enumerate(view.nodes) if node.op_type == "Shape"}
     lawless = view.data_shaped | {name for name, facts in probe.tensors.items() if facts.dtype == "none"}
     pinned = frozenset(i for i, name in shapes.items() if name not in probe.tensors or name in lawless)
     late = view.made_from(roles.late)
     while True:
-        reads = [
-            () if i in shapes and i not in pinned else tuple(name for name in read if name not in roles.late)
-            for i, read in enumerate(view.reads)
-        ]
+        taken = [() if i in shapes and i not in pinned else read for i, read in enumerate(needed)]
+        reads = [tuple(name for name in read if name not in roles.late) for read in taken]
         problem = costs.problem(view, probe, reads)
-        problem = replace(
-            problem, carry_ns={name: None if name in late else ns for name, ns in problem.carry_ns.items()}
-        )
-        plans = _cut_boundaries(view, problem, reads, _outputs(view, exits, roles, reads), probe)
-        taken = [() if i in shapes and i not in pinned else read for i, read in enumerate(view.reads)]
-        plans = [_with_inputs(view, plan, roles, taken) for plan in plans]
+        prices = {name: None if name in late else price for name, price in problem.carry_ns.items()}
+        outputs = _outputs(view, exits, roles, reads)
+        plans = _cut_boundaries(view, replace(problem, carry_ns=prices), reads, outputs, probe)
+        plans = [_with_roles(view, plan, roles, taken) for plan in plans]
         resolved = [plan.with_sources(view, probe) for plan in plans]
         unresolved = frozenset().union(*(plan.unresolved for plan in resolved))
         if not unresolved:
@@ -207,74 +218,82 @@ def _plan_segments(
         pinned |= unresolved
 
 
-@dataclass(frozen=True)
-class _Outputs:
-    """What leaves the whole graph at each exit, E of each."""
+def _outputs(
+    view: GraphView, exits: Sequence[str], roles: Roles, reads: Sequence[Sequence[str]]
+) -> list[dict[str, str]]:
+    """What leaves the whole graph at each exit, by its name in the segment.
 
-    answers: Sequence[tuple[str, ...]]  # logits or what the separate head reads; then the learned confidence
-    states: Sequence[tuple[str, ...]]
-    has_head: Sequence[bool]
-
-    def upto(self, index: int) -> Iterator[str]:
-        return itertools.chain(*self.answers[: index + 1], *self.states[: index + 1])
-
-    def after(self, index: int) -> Iterator[str]:
-        return itertools.chain(*self.answers[index + 1 :], *self.states[index + 1 :])
-
-
-def _outputs(view: GraphView, exits: Sequence[str], roles: Roles, reads: Sequence[Sequence[str]]) -> _Outputs:
-    """The outputs by exit; a state belongs to the first exit on whose way it is made, or else to the final one."""
-    answers = [
-        (roles.heads.get(name, name), *((roles.learned[name],) if name in roles.learned else ())) for name in exits
-    ]
-    states: list[tuple[str, ...]] = []
+    A state belongs to the first exit on whose way it is made, or else to the final one.
+    """
+    found: list[dict[str, str]] = []
     left = list(roles.states)
-    for index in range(len(exits)):
-        existing = view.upstream(itertools.chain(*answers[: index + 1]), reads)
+    for index, name in enumerate(exits):
+        answer = {HIDDEN: roles.heads[name]} if name in roles.heads else {LOGITS: name}
+        found.append({**answer, **roles.row_outputs.get(name, {})})
+        existing = view.upstream(_names(found), reads)
         is_final = index + 1 == len(exits)
-        states.append(tuple(name for name in left if is_final or view.producer[name] in existing))
-        left = [name for name in left if name not in states[-1]]
-    return _Outputs(answers, states, [name in roles.heads for name in exits])
+        made = [state for state in left if is_final or view.producer[state] in existing]
+        found[-1] |= {state: state for state in made}
+        left = [state for state in left if state not in made]
+    return found
 
 
-def _with_inputs(view: GraphView, plan: SegmentPlan, roles: Roles, reads: Sequence[Sequence[str]]) -> SegmentPlan:
-    """The plan with the model inputs that its segment is given: late ones where their data is read."""
+def _with_roles(view: GraphView, plan: SegmentPlan, roles: Roles, reads: Sequence[Sequence[str]]) -> SegmentPlan:
+    """The plan with its states, and the model inputs that it is given: late ones where their data is read."""
     read = {name for index in plan.nodes for name in reads[index]}
     given = [name for name in view.input_names if (name in read if name in roles.late else plan.index == 0)]
-    return replace(plan, inputs=tuple(given))
+    return replace(plan, inputs=tuple(given), states=tuple(name for name in plan.outputs if name in roles.states))
+
+
+def _needed_reads(view: GraphView, probe: Probe) -> list[Sequence[str]]:
+    """What each node reads, but for targets of Reshapes that `simplify` makes constants: nothing is to be carried,
+    nor any length computed, for those."""
+    needed: list[Sequence[str]] = []
+    for node, read in zip(view.nodes, view.reads, strict=True):
+        is_known = node.op_type == "Reshape" and all(
+            name in probe.tensors and probe.tensors[name].dtype != "none" and name not in view.data_shaped
+            for name in (node.input[0], node.output[0])
+        )
+        if is_known and reshape_target(probe.shape(node.input[0]), probe.shape(node.output[0])) is not None:
+            read = tuple(name for name in read if name != node.input[1] or name == node.input[0])
+        needed.append(read)
+    return needed
 
 
 def _cut_boundaries(
     view: GraphView,
     problem: CutProblem,
     reads: Sequence[Sequence[str]],
-    exits: _Outputs,
+    exits: Sequence[Mapping[str, str]],
     probe: Probe,
 ) -> list[SegmentPlan]:
     plans: list[SegmentPlan] = []
     before: tuple[str, ...] = ()
     rerun: frozenset[int] = frozenset()
-    for index, outputs in enumerate(exits.answers):
-        existing = view.upstream(exits.upto(index), reads)
+    for index, outputs in enumerate(exits):
+        existing = view.upstream(_names(exits[: index + 1]), reads)
         carried: tuple[str, ...] = ()
         rerun_next: frozenset[int] = frozenset()
-        if index + 1 < len(exits.answers):
-            if ready := [name for name in exits.answers[index + 1] if view.producer[name] in existing]:
+        if index + 1 < len(exits):
+            answers = [name for output, name in exits[index + 1].items() if output in _ANSWERS]
+            if ready := [name for name in answers if view.producer[name] in existing]:
                 raise CutError(
-                    f"exit {ready[0]!r} adds nothing to exit {outputs[0]!r}; list the exits in order of "
-                    f"depth, or drop one of them"
+                    f"exit {ready[0]!r} adds nothing to exit {next(iter(outputs.values()))!r}; list the exits in "
+                    f"order of depth, or drop one of them"
                 )
-            later = view.upstream(exits.after(index), reads)
+            later = view.upstream(_names(exits[index + 1 :]), reads)
             carry = minimum_carry(problem, existing, later - existing)
             if carry.forbidden:
-                raise CutError(_explain_forbidden(probe, outputs[0], carry.forbidden))
+                raise CutError(_explain_forbidden(probe, next(iter(outputs.values())), carry.forbidden))
             carried, rerun_next = carry.tensors, carry.rerun
-        states = exits.states[index]
-        nodes = view.upstream((*outputs, *states, *carried), reads, frozenset(before))
-        plan = SegmentPlan(index, outputs, before, carried, nodes, rerun & nodes)
-        plans.append(replace(plan, states=states, has_separate_head=exits.has_head[index]))
+        nodes = view.upstream((*outputs.values(), *carried), reads, frozenset(before))
+        plans.append(SegmentPlan(index, outputs, before, carried, nodes, rerun & nodes))
         before, rerun = carried, rerun_next
     return plans
+
+
+def _names(exits: Sequence[Mapping[str, str]]) -> Iterable[str]:
+    return itertools.chain.from_iterable(outputs.values() for outputs in exits)
 
 
 def _explain_forbidden(probe: Probe, exit_name: str, names: Sequence[str]) -> str:

@@ -12,7 +12,7 @@ import torch
 from onnx import ModelProto
 from torch import Tensor, nn
 
-from offramp.bundle import DecoderSpec
+from offramp.bundle import LEARNED, DecoderSpec
 from offramp.errors import CaptureError, OptionError
 from offramp.export.capture import Example, _exported, _Flat
 from offramp.export.chain import Arrays, open_session
@@ -83,7 +83,7 @@ def source_from_decoder(
         for made, given in zip(_states(model, KEY, VALUE), _states(model, PAST_KEY, PAST_VALUE), strict=True)
     }
     exits = range(1, len(model.config.exits) + 1)
-    gates = {f"logits_{k}": f"learned_{k}" for k in exits if model.config.gated and k < len(exits)}
+    gates = {f"logits_{k}": {LEARNED: f"learned_{k}"} for k in exits if model.config.gated and k < len(exits)}
     source = ModelSource(
         name=name,
         graph=graph,
@@ -92,7 +92,7 @@ def source_from_decoder(
         dimensions=example.dimensions(),
         example=example.arrays(),
         calibration=_batches(graph, states, model, texts),
-        learned=gates,
+        row_outputs=gates,
     )
     late = tuple(name for name in names if name != INPUT_IDS)
     roles = Roles(gates, late, states, {f"logits_{k}": f"hidden_{k}" for k in exits})

@@ -102,7 +102,7 @@ def export_bundle(
     """
     check_target(bundle)
     progress("cutting")
-    roles = Roles(source.learned, source.late)
+    roles = Roles(source.row_outputs, source.late)
     cut = segments_from_graph(source.graph, source.exits, source.inputs, source.dimensions, source.example, roles)
     dimensions = _ranges(source, cut)
     batches = source.calibration[:_VERIFIED_BATCHES]
@@ -271,7 +271,7 @@ def _manifest(
 
 
 def _exit_specs(source: ModelSource, cut: CutModel) -> tuple[ExitSpec, ...]:
-    return tuple(ExitSpec(name, cut.num_classes, source.learned.get(name, "")) for name in source.exits)
+    return tuple(ExitSpec(name, cut.num_classes, **source.row_outputs.get(name, {})) for name in source.exits)
 
 
 def tool_versions() -> dict[str, str]:

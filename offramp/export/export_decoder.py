@@ -123,7 +123,10 @@ def _verify_fp32(parity: Parity, source: DecoderSource, chain: Chain, cut: CutMo
             pairs = {f"hidden of exit {name}": (hidden, expected[source.roles.heads[name]][places])}
             pairs[f"logits of exit {name}"] = said["logits"], expected[name][places]
             if LEARNED in out:
-                pairs[f"gate of exit {name}"] = out[LEARNED][places], expected[source.roles.learned[name]][places]
+                pairs[f"gate of exit {name}"] = (
+                    out[LEARNED][places],
+                    expected[source.roles.row_outputs[name][LEARNED]][places],
+                )
             pairs |= {
                 f"state {spec.name}": (out[spec.name], expected[spec.name]) for spec in cut.segments[index].states
             }
@@ -214,7 +217,8 @@ def _contents(source: DecoderSource, cut: CutModel, graphs: Mapping[str, _Graphs
             found = {kind: stored(f"{folder}/{file_name(kind)}", some.heads[name]) for kind, some in graphs.items()}
             width = cut.heads[name].graph.input[0].type.tensor_type.shape.dim[1].dim_value
             heads[key] = HeadSpec(f"head_{len(heads)}", width, found)
-        exits.append(ExitSpec(name, cut.num_classes, source.roles.learned.get(name, ""), heads[key].name))
+        more = source.roles.row_outputs.get(name, {})
+        exits.append(ExitSpec(name, cut.num_classes, **more, head=heads[key].name))
     text = None
     if source.tokenizer:
         contents["tokenizer.json"] = source.tokenizer

@@ -35,7 +35,7 @@ def source_from_bundle(bundle: Path, manifest: Manifest, whole: ModelProto) -> M
         calibration=batches,
         labels=manifest.labels,
         text=text,
-        learned={spec.name: spec.learned for spec in manifest.exits if spec.learned},
+        row_outputs={spec.name: spec.row_outputs for spec in manifest.exits},
         late=tuple(dict.fromkeys(name for segment in manifest.segments[1:] for name in segment.inputs)),
     )
 
@@ -44,7 +44,9 @@ def with_exits(source: ModelSource, kept: Sequence[int]) -> ModelSource:
     """`source` with only the exits at the positions `kept`, the final one among them."""
     exits = tuple(source.exits[k] for k in kept)
     return replace(
-        source, exits=exits, learned={name: source.learned[name] for name in exits if name in source.learned}
+        source,
+        exits=exits,
+        row_outputs={name: source.row_outputs[name] for name in exits if name in source.row_outputs},
     )
 
 

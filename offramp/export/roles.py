@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from offramp.export.row_outputs import RowOutputs
+
 
 @dataclass(frozen=True)
 class Roles:
@@ -16,7 +18,7 @@ class Roles:
     it. Where an exit has a separate *head*, the segment puts out what the head reads.
     """
 
-    learned: Mapping[str, str] = field(default_factory=dict)  # exit -> output with its learned confidence
+    row_outputs: RowOutputs = field(default_factory=dict)  # of the exits that have some
     late: tuple[str, ...] = ()  # inputs
     states: Mapping[str, str] = field(default_factory=dict)  # output -> the late input that it will be a part of
     heads: Mapping[str, str] = field(default_factory=dict)  # exit -> output that its separate head reads

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto, helper, numpy_helper
 
-from offramp.bundle import INVERSE_TEMPERATURE, LEARNED
+from offramp.bundle import INVERSE_TEMPERATURE
 
 # Rounding gives flat rows an entropy of 1.0000001 (seen); scores promise [0, 1], and a Clip would be one operator more.
 _BELOW_ONE = 1 - 2**-22
@@ -25,6 +25,9 @@ def score_head(num_classes: int, opset: int) -> tuple[list[NodeProto], list[Tens
     adds a row in an order that depends on where the row starts in memory (seen for C = 5 and 37: other bits in
     another batch), its GlobalAveragePool does not; and p log p comes from LogSoftmax because Log is not bit-stable.
     """
+
+    if num_classes == 1:
+        return _value_head()
 
     def name(tensor: str) -> str:
         return f"{PREFIX}{tensor}"
@@ -66,22 +69,46 @@ def score_head(num_classes: int, opset: int) -> tuple[list[NodeProto], list[Tens
     return nodes, constants
 
 
-def learned_head(tensor: str, dtype: str) -> tuple[list[NodeProto], list[TensorProto]]:
-    """Nodes and constants from the model's own confidence `tensor` (S,) or (S, 1) to `learned` (S,) in [0, 1]."""
+def _value_head() -> tuple[list[NodeProto], list[TensorProto]]:
+    """The same for a regression, `logits` (S, 1) being the value: no class, and scores that are as unsure as can be.
+
+    Max_prob and margin are 0 and entropy is 1, so that no threshold on them lets a row leave: its learned confidence is
+    what decides. They are computed from the inputs, because a segment without its inverse temperature is none.
+    """
     constants = [
+        numpy_helper.from_array(np.zeros((1, 3), np.float32), f"{PREFIX}nothing"),
+        numpy_helper.from_array(np.array([[0, 0, 1]], np.float32), f"{PREFIX}unsure"),
+    ]
+    scaled, zeros = f"{PREFIX}scaled", f"{PREFIX}zeros"
+    nodes = [
+        helper.make_node("ArgMax", ["logits"], ["prediction"], f"{PREFIX}ArgMax/prediction", axis=1, keepdims=0),
+        helper.make_node("Mul", ["logits", INVERSE_TEMPERATURE], [scaled], f"{PREFIX}Mul/scaled"),
+        helper.make_node("Mul", [scaled, f"{PREFIX}nothing"], [zeros], f"{PREFIX}Mul/zeros"),
+        helper.make_node("Add", [zeros, f"{PREFIX}unsure"], ["scores"], f"{PREFIX}Add/scores"),
+    ]
+    return nodes, constants
+
+
+def row_output_nodes(kind: str, tensor: str, dtype: str) -> list[NodeProto]:
+    """Nodes from a number per row that the model has, `tensor` (S,) or (S, 1), to the output `kind` (S,) in [0, 1]."""
+    nodes = []
+    if dtype != "float32":
+        wide = f"{PREFIX}{kind}_wide"
+        nodes.append(helper.make_node("Cast", [tensor], [wide], f"{PREFIX}Cast/{kind}", to=TensorProto.FLOAT))
+        tensor = wide
+    rows, limits = f"{PREFIX}{kind}_rows", [f"{PREFIX}zero", f"{PREFIX}one"]
+    nodes.append(helper.make_node("Reshape", [tensor, f"{PREFIX}as_rows"], [rows], f"{PREFIX}Reshape/{kind}"))
+    nodes.append(helper.make_node("Clip", [rows, *limits], [kind], f"{PREFIX}Clip/{kind}"))
+    return nodes
+
+
+def row_output_constants() -> list[TensorProto]:
+    """The constants of `row_output_nodes`, for all of them."""
+    return [
         numpy_helper.from_array(np.array([-1], np.int64), f"{PREFIX}as_rows"),
         numpy_helper.from_array(np.array(0, np.float32), f"{PREFIX}zero"),
         numpy_helper.from_array(np.array(1, np.float32), f"{PREFIX}one"),
     ]
-    nodes = []
-    if dtype != "float32":
-        wide = f"{PREFIX}learned_wide"
-        nodes.append(helper.make_node("Cast", [tensor], [wide], f"{PREFIX}Cast/learned", to=TensorProto.FLOAT))
-        tensor = wide
-    rows, limits = f"{PREFIX}learned_rows", [f"{PREFIX}zero", f"{PREFIX}one"]
-    nodes.append(helper.make_node("Reshape", [tensor, f"{PREFIX}as_rows"], [rows], f"{PREFIX}Reshape/learned"))
-    nodes.append(helper.make_node("Clip", [rows, *limits], [LEARNED], f"{PREFIX}Clip/learned"))
-    return nodes, constants
 
 
 def _halves(pair: str, left: str, right: str, sizes: str, opset: int) -> NodeProto:

@@ -10,14 +10,23 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, checker, helper, numpy_helper
 
-from offramp.bundle import HIDDEN, INVERSE_TEMPERATURE, LEARNED, PREVIOUS_ROWS, ROWS, Dimension, InputSpec, TensorSpec
+from offramp.bundle import (
+    HIDDEN,
+    INVERSE_TEMPERATURE,
+    PREVIOUS_ROWS,
+    ROW_OUTPUTS,
+    ROWS,
+    Dimension,
+    InputSpec,
+    TensorSpec,
+)
 from offramp.errors import CutError
 from offramp.export.graph import GraphView, read_names, rename_tensors, walk_nodes
 from offramp.export.probe import Probe
-from offramp.export.score_head import PREFIX, learned_head, score_head
+from offramp.export.score_head import PREFIX, row_output_constants, row_output_nodes, score_head
 from offramp.export.simplify import simplify_graph
 
-LOGITS = "logits"
+LOGITS = "logits"  # the output of every segment
 _MAX_PROTOBUF_BYTES = 2**31 - 1  # protobuf's limit for one message
 
 Source = tuple[str, int] | int  # an axis of a tensor at hand, or a length that never changes
@@ -28,7 +37,7 @@ class SegmentPlan:
     """What one segment computes: nodes of the whole graph by index, and tensors of it by name."""
 
     index: int
-    outputs: tuple[str, ...]  # of its exit: the logits, and the learned confidence where it has one
+    outputs: Mapping[str, str]  # of its exit: LOGITS and those of ROW_OUTPUTS that it has -> the whole graph's name
     carried_in: tuple[str, ...]
     carried: tuple[str, ...]
     nodes: frozenset[int]
@@ -36,8 +45,12 @@ class SegmentPlan:
     sources: dict[int, tuple[Source, ...]] = field(default_factory=dict)  # Shape node -> where its lengths are
     unresolved: frozenset[int] = frozenset()  # Shape nodes whose lengths nothing at hand has
     inputs: tuple[str, ...] = ()  # model inputs that it is given
-    states: tuple[str, ...] = ()  # what it makes for later calls
-    has_separate_head: bool = False  # the first output is what that head reads, not logits
+    states: tuple[str, ...] = ()  # those of its outputs that are made for later calls, under their own names
+
+    @property
+    def has_separate_head(self) -> bool:
+        """Does it put out what another graph makes logits of?"""
+        return HIDDEN in self.outputs
 
     def with_sources(self, view: GraphView, probe: Probe) -> SegmentPlan:
         """The plan with a source for every length that is taken of a tensor which this segment lacks."""
@@ -97,11 +110,11 @@ def segment_graph(
     carry_in = carry_specs(probe, plan.carried_in, "carry_in", PREVIOUS_ROWS)
     carry_out = carry_specs(probe, plan.carried, "carry_out", ROWS)
     states = state_specs(probe, plan.states)
-    outputs = {HIDDEN if plan.has_separate_head else LOGITS: plan.outputs[0]}
-    if plan.has_separate_head and len(plan.outputs) > 1:
-        outputs[LEARNED] = plan.outputs[1]
+    said = {name: tensor for name, tensor in plan.outputs.items() if name in (LOGITS, HIDDEN)}
+    if plan.has_separate_head:
+        said |= {kind: plan.outputs[kind] for kind in _row_outputs(plan)}
+    outputs = said | {name: name for name in plan.states}
     outputs |= {spec.name: name for spec, name in zip(carry_out, plan.carried, strict=True)}
-    outputs |= {name: name for name in plan.states}
     names = _names(view, probe, plan, outputs)
     head_nodes, head_constants = _head(probe, plan, names, num_classes, view.opset)
     constants: dict[str, TensorProto] = {}
@@ -123,10 +136,9 @@ def segment_graph(
         value_info=_inner_values(view, probe, nodes, names, set(outputs)),
     )
     if plan.has_separate_head:
-        said = [name for name in (HIDDEN, LEARNED) if name in outputs]
-        graph.output.extend(_value(name, "float32", probe.shape(outputs[name])) for name in said)
+        graph.output.extend(_value(name, "float32", probe.shape(tensor)) for name, tensor in said.items())
     else:
-        graph.output.extend(_answer_values(num_classes, has_learned=len(plan.outputs) > 1))
+        graph.output.extend(_answer_values(num_classes, _row_outputs(plan)))
     simplify_graph(graph)
     return _finish(view.model, graph)
 
@@ -164,7 +176,7 @@ def head_graph(view: GraphView, probe: Probe, exit_and_hidden: tuple[str, str], 
             _value(HIDDEN, probe.tensors[hidden].dtype, (ROWS, probe.shape(hidden)[-1])),
             _value(INVERSE_TEMPERATURE, "float32", ()),
         ],
-        output=_answer_values(num_classes, has_learned=False),
+        output=_answer_values(num_classes, ()),
     )
     return _finish(view.model, graph)
 
@@ -186,18 +198,22 @@ def _head(
     if plan.has_separate_head:
         return [], []
     nodes, constants = score_head(num_classes, opset)
-    for tensor in plan.outputs[1:]:
-        more_nodes, more_constants = learned_head(names.get(tensor, tensor), probe.tensors[tensor].dtype)
-        nodes, constants = nodes + more_nodes, constants + more_constants
-    return nodes, constants
+    for kind in _row_outputs(plan):
+        tensor = plan.outputs[kind]
+        nodes += row_output_nodes(kind, names.get(tensor, tensor), probe.tensors[tensor].dtype)
+    return nodes, constants + (row_output_constants() if _row_outputs(plan) else [])
+
+
+def _row_outputs(plan: SegmentPlan) -> list[str]:
+    """Those of ROW_OUTPUTS that its exit has, in their order."""
+    return [kind for kind in ROW_OUTPUTS if kind in plan.outputs]
 
 
 def _names(view: GraphView, probe: Probe, plan: SegmentPlan, outputs: Mapping[str, str]) -> dict[str, str]:
     """New names for tensors of the whole graph: those that the contract asks for, and others that are in its way."""
     carries = {f"carry_{way}_{position}" for way in ("in", "out") for position in range(len(view.producer))}
     reserved = {LOGITS, "prediction", "scores", ROWS, INVERSE_TEMPERATURE, *(carries & view.names)}
-    reserved |= {LEARNED} if len(plan.outputs) > 1 else set()
-    reserved |= {HIDDEN} if plan.has_separate_head else set()
+    reserved |= {HIDDEN, *_row_outputs(plan)} if plan.has_separate_head else set(_row_outputs(plan))
     if taken := reserved.intersection(view.input_names):
         raise CutError(f"model input {', '.join(sorted(taken))}: offramp uses this name itself; rename the input")
     names = {}
@@ -247,7 +263,7 @@ def _output_node(probe: Probe, name: str, names: Mapping[str, str], output: str)
 def _output_operator(probe: Probe, name: str, output: str) -> str:
     """What has to be done to a tensor to become an output of the contract; empty when nothing has."""
     facts = probe.tensors[name]
-    if output in (LOGITS, HIDDEN, LEARNED):
+    if output in (LOGITS, HIDDEN, *ROW_OUTPUTS):
         return "" if facts.dtype == "float32" else "Cast"
     return "Transpose" if facts.row_axis else ""
 
@@ -306,13 +322,13 @@ def _input_values(
     return values if plan.has_separate_head else [*values, _value(INVERSE_TEMPERATURE, "float32", ())]
 
 
-def _answer_values(num_classes: int, has_learned: bool) -> list[ValueInfoProto]:
-    values = [
+def _answer_values(num_classes: int, row_outputs: Sequence[str]) -> list[ValueInfoProto]:
+    return [
         _value(LOGITS, "float32", (ROWS, num_classes)),
         _value("prediction", "int64", (ROWS,)),
         _value("scores", "float32", (ROWS, 3)),
+        *(_value(kind, "float32", (ROWS,)) for kind in row_outputs),
     ]
-    return [*values, _value(LEARNED, "float32", (ROWS,))] if has_learned else values
 
 
 def _inner_values(

@@ -42,7 +42,7 @@ def _fix_reshapes(graph: GraphProto) -> None:
     for node in graph.node:
         if node.op_type != "Reshape" or node.input[1] in constants:
             continue
-        target = _target(shapes.get(node.input[0]), shapes.get(node.output[0]))
+        target = reshape_target(shapes.get(node.input[0]), shapes.get(node.output[0]))
         if target is None:
             continue
         name = f"{PREFIX}target_{'_'.join(map(str, target))}"
@@ -55,7 +55,7 @@ def _fix_reshapes(graph: GraphProto) -> None:
         node.attribute.extend(kept)
 
 
-def _target(before: Sequence[Dimension] | None, after: Sequence[Dimension] | None) -> list[int] | None:
+def reshape_target(before: Sequence[Dimension] | None, after: Sequence[Dimension] | None) -> list[int] | None:
     """A constant that reshapes `before` to `after`: 0 copies the length at its place, one -1 is worked out."""
     if before is None or after is None:
         return None

@@ -7,16 +7,18 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
 from onnx import ModelProto, ValueInfoProto, helper, inliner
 
-from offramp.bundle import PREVIOUS_ROWS, ROWS, DimensionSpec, InputSpec
+from offramp.bundle import PREVIOUS_ROWS, ROW_OUTPUTS, ROWS, DimensionSpec, InputSpec
 from offramp.errors import CaptureError, CutError, OptionError
 from offramp.export.chain import Arrays
 from offramp.export.graph import GraphView
+from offramp.export.row_outputs import RowOutputs, row_outputs_from_names
 
 if TYPE_CHECKING:
     from offramp.export.capture import Example
@@ -54,7 +56,7 @@ class ModelSource:
     calibration: tuple[Arrays, ...]  # batches that calibrate FP16 and verify the bundle
     labels: tuple[str, ...] = ()
     text: TextSource | None = None
-    learned: Mapping[str, str] = field(default_factory=dict)  # exit -> the output with its learned confidence
+    row_outputs: RowOutputs = field(default_factory=dict)  # of the exits that have some
     late: tuple[str, ...] = ()  # inputs given to the segments that read them, never carried (export/roles.py)
 
 
@@ -63,12 +65,15 @@ def source_from_model(name: str, model: Any, example: Example, opset: int, exits
 
     Raises CaptureError.
     """
-    from offramp.export.capture import LEARNED, LOGITS, graph_from_model
+    from offramp.export.capture import LOGITS, graph_from_model
 
     graph = graph_from_model(model, example, opset)
     outputs = [value.name for value in graph.graph.output]
-    names = tuple(exits) or tuple(name for name in outputs if name.startswith(LOGITS))
-    learned = {name: name.replace(LOGITS, LEARNED) for name in names}
+    names = tuple(exits) or tuple(name for name in outputs if name.startswith(f"{LOGITS}_"))
+    others = {kind: [name.replace(f"{LOGITS}_", f"{kind}_") for name in names] for kind in ROW_OUTPUTS}
+    present = {
+        kind: [other if other in {*outputs} - {*names} else "-" for other in listed] for kind, listed in others.items()
+    }
     return ModelSource(
         name=name,
         graph=graph,
@@ -77,7 +82,7 @@ def source_from_model(name: str, model: Any, example: Example, opset: int, exits
         dimensions=example.dimensions(),
         example=example.arrays(),
         calibration=(example.arrays(),),
-        learned={name: output for name, output in learned.items() if output in outputs and output != name},
+        row_outputs=row_outputs_from_names(names, present),
     )
 
 
@@ -109,22 +114,23 @@ def source_from_onnx(
     exits: Sequence[str],
     dimensions: Mapping[str, DimensionSpec],
     example: Arrays,
-    learned: Sequence[str] = (),
+    row_outputs: Mapping[str, Sequence[str]] = MappingProxyType({}),
 ) -> ModelSource:
     """Read a multi-exit graph made elsewhere; axis 0 of every input must be its row axis.
 
-    `learned` names the outputs with the learned confidences of the exits, in their order; "-" for an exit without
-    one, and where the list is shorter the exits at its end have none.
+    `row_outputs` names what the exits put out beside their logits, per kind in the order of the exits:
+    {"learned": ["conf_1", "conf_2"]}; "-" for an exit without, and where a list is shorter the last exits have none.
     `dimensions` gives ranges of named dimensions (1 to 512 where it does not). Without `example` data, inputs are
     made up within their ranges, which is enough to cut but calibrates FP16 poorly. Raises OptionError or CutError.
     """
     if not exits:
         raise OptionError(f"{path}: pass `--exits logits_1,logits_2,…`, the outputs that are exits, in order of depth")
-    if len(learned) > len(exits):
-        raise OptionError(
-            f"{path}: got {len(learned)} learned confidences for {len(exits)} exits; expected one per exit, in order "
-            f"of depth, and - for an exit without one"
-        )
+    for kind, listed in row_outputs.items():
+        if len(listed) > len(exits):
+            raise OptionError(
+                f"{path}: got {len(listed)} outputs for --{kind} and {len(exits)} exits; expected one per exit, in "
+                f"order of depth, and - for an exit without one"
+            )
     try:
         graph = onnx.load(path)
         onnx.checker.check_model(graph)
@@ -150,7 +156,7 @@ def source_from_onnx(
         dimensions=ranges | {ROWS: DimensionSpec(1, MAX_ROWS)},
         example=example,
         calibration=(example,),
-        learned={name: output for name, output in zip(exits, learned, strict=False) if output != "-"},
+        row_outputs=row_outputs_from_names(exits, row_outputs),
     )
 
 

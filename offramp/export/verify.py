@@ -16,9 +16,10 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
-from offramp.bundle import LEARNED, SCORES, ExitSpec
+from offramp.bundle import RETENTION, ROW_OUTPUTS, SCORES, ExitSpec
 from offramp.errors import CaptureError, ParityError
 from offramp.export.chain import Arrays, Chain, open_session
+from offramp.export.row_outputs import WORDS
 
 
 class Tolerance(NamedTuple):
@@ -36,7 +37,7 @@ FP32_TOLERANCE = Tolerance(1e-5, 1e-5)
 HALF_TOLERANCE = Tolerance(2e-3, 2e-3)
 # Rounding to 8 bits is noise on every value, so INT8 is judged by its size and by the decisions that change.
 INT8_TOLERANCE = Tolerance(float("inf"), 0, rms=0.25)
-_ROUNDING = 1e-3  # by which a learned confidence may leave [0, 1]: a sum of FP16 probabilities; segments clip it
+_ROUNDING = 1e-3  # by which a row output may leave [0, 1]: a sum of FP16 probabilities; segments clip it
 DECISION_THRESHOLDS = (0.6, 0.7, 0.8, 0.9, 0.95)  # of max_prob, at which changed exits are counted
 
 
@@ -165,7 +166,7 @@ def verify_lowered(fp32: Chain, lowered: Chain, batches: Iterable[Arrays], toler
         answers = [out for _, out in lowered.run(batch)]
         wanted = [out for _, out in reference]
         for index, (out, other) in enumerate(zip(answers, wanted, strict=True)):
-            for name in sorted(out.keys() & {"logits", LEARNED}):
+            for name in sorted(out.keys() & {"logits", *ROW_OUTPUTS}):
                 found.chain.update(out[name], other[name], tolerance, f"{name} of exit {index}")
             found.predictions_changed += int((out["prediction"] != other["prediction"]).sum())
         for threshold in DECISION_THRESHOLDS:
@@ -189,25 +190,27 @@ def _run_whole(session: ort.InferenceSession, exits: Sequence[ExitSpec], batch: 
     """What the whole graph says at every exit, as the outputs of a segment. Raises ParityError or CaptureError."""
     said: list[Arrays] = []
     for spec in exits:
-        values = session.run([spec.name, spec.learned] if spec.learned else [spec.name], batch)
+        values = session.run([spec.name, *spec.row_outputs.values()], batch)
         if not all(np.isfinite(value).all() for value in values):
             raise ParityError(
                 f"exit {spec.name} of the whole graph is NaN or infinite on the example data; look for a row without a "
                 f"token or a value out of range, and pass data that the model is made for"
             )
         out: Arrays = {"logits": values[0].astype(np.float32)}
-        if spec.learned:
-            out[LEARNED] = _probabilities(spec, values[1].astype(np.float32))
+        for kind, value in zip(spec.row_outputs, values[1:], strict=True):
+            out[kind] = _row_output(spec, kind, value.astype(np.float32))
         said.append(out)
     return said
 
 
-def _probabilities(spec: ExitSpec, value: NDArray[np.float32]) -> NDArray[np.float32]:
-    """The learned confidence `value` (N,) or (N, 1) as a segment puts it out, (N,)."""
-    if value.size and (value.min() < -_ROUNDING or value.max() > 1 + _ROUNDING):
+def _row_output(spec: ExitSpec, kind: str, value: NDArray[np.float32]) -> NDArray[np.float32]:
+    """The row output `kind`, (N,) or (N, 1), as a segment puts it out, (N,)."""
+    is_low = value.size and (value.min() <= 0 if kind == RETENTION else value.min() < -_ROUNDING)
+    if value.size and (is_low or value.max() > 1 + _ROUNDING):
+        called, expected = WORDS[kind]
         raise CaptureError(
-            f"learned confidence {spec.learned} of exit {spec.name} is {value.min():.3g} to {value.max():.3g} on the "
-            f"example data; expected a probability in [0, 1]: return the sigmoid of what the model computes"
+            f"{called} {spec.row_outputs[kind]} of exit {spec.name} is {value.min():.3g} to {value.max():.3g} on the "
+            f"example data; expected {expected}"
         )
     return np.clip(value.reshape(-1), np.float32(0), np.float32(1))
 

@@ -18,6 +18,7 @@ from torch import nn
 from offramp.errors import DataError, OptionError, StorageError
 from offramp.models.encoder import EncoderConfig, encoder_from_pretrained
 from offramp.models.kinds import BERT, KINDS
+from offramp.models.options import nearest
 from offramp.models.snapshot import TRAINING_FILE
 from offramp.storage import staged_directory
 
@@ -46,6 +47,8 @@ class Checkpoint:
     def __post_init__(self) -> None:
         if len(self.label_names) != (self.num_classes if self.num_classes > 1 else 0):
             raise OptionError(f"label_names: got {self.label_names} for a model of {self.num_classes} classes")
+        if self.kind not in KINDS:
+            raise OptionError(f"kind: got {self.kind!r}, {nearest(self.kind, KINDS)}")
         num_positions = KINDS[self.kind].num_positions(self.model)
         if num_positions and not 2 < self.max_length <= num_positions:
             raise OptionError(
@@ -75,13 +78,18 @@ def checkpoint_from_encoder(
     Raises DataError if the directory is not a BertModel with a tokenizer.json, ModelError if it has too few
     layers.
     """
-    tokenizer_path = path / TOKENIZER_FILE
-    if not tokenizer_path.is_file():
+    tokenizer_path = tokenizer_in(path)
+    return Checkpoint(encoder_from_pretrained(path, config, seed), tokenizer_path, label_names, max_length)
+
+
+def tokenizer_in(path: Path) -> Path:
+    """Return the tokenizer.json of a directory with an encoder; DataError if there is none."""
+    if not (path / TOKENIZER_FILE).is_file():
         raise DataError(
             f"loading an encoder from {path}: no {TOKENIZER_FILE}; save one there with "
             "`AutoTokenizer.from_pretrained(...).save_pretrained(...)`"
         )
-    return Checkpoint(encoder_from_pretrained(path, config, seed), tokenizer_path, label_names, max_length)
+    return path / TOKENIZER_FILE
 
 
 def save_checkpoint(path: Path, checkpoint: Checkpoint, training_state: bytes | None = None) -> None:
@@ -148,7 +156,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     if kind.is_text and not tokenizer_path.is_file():
         raise damaged(path, f"{TOKENIZER_FILE} is missing")
     try:
-        weights = load_file(path / WEIGHTS_FILE)
+        # copied, because a product rounds by where in memory a row begins, and in the file that is anywhere
+        weights = {name: tensor.clone() for name, tensor in load_file(path / WEIGHTS_FILE).items()}
         with torch.random.fork_rng(devices=[]):
             model = kind.from_dict(config)
         model.load_state_dict(weights, assign=True)

@@ -137,6 +137,21 @@ def load_texts(path: Path) -> LabelledTexts:
     return LabelledTexts(tuple(TextExample(text, index[label]) for text, label in pairs), tuple(names))
 
 
+def load_values(path: Path) -> LabelledTexts:
+    """Load a CSV file with the columns text and label, or a JSON-lines file with those keys, labels being numbers.
+
+    Raises DataError that names the record.
+    """
+    examples = []
+    for number, record in enumerate(records_from(path), start=1):
+        text, label = checked_pair(record, path, number)
+        try:
+            examples.append(TextExample(text, float(label)))
+        except ValueError:
+            raise DataError(f"reading {path}, record {number}: got label {label!r}, expected a number") from None
+    return LabelledTexts(tuple(examples), ())
+
+
 def load_unlabelled(path: Path) -> tuple[str, ...]:
     """Load the texts of a CSV file with the column text, or a JSON-lines file with that key; labels are not read.
 
@@ -233,20 +248,27 @@ def split_texts(texts: LabelledTexts, num_validation: int, num_test: int, seed: 
             f"splitting {len(texts.examples)} texts: got {num_validation} for validation and {num_test} for "
             "test, expected at least 1 each and fewer than all together"
         )
-    groups: dict[str, list[TextExample]] = {}
-    for example in texts.examples:
-        groups.setdefault(normalised(example.text), []).append(example)
     train: list[TextExample] = []
     validation: list[TextExample] = []
     test: list[TextExample] = []
-    for key in sorted(groups, key=lambda text: hashlib.sha256(f"{seed}:{text}".encode()).digest()):
+    groups = groups_in_order(texts.examples, seed)
+    for group in groups:
         wanting = test if len(test) < num_test else validation if len(validation) < num_validation else train
-        wanting.extend(groups[key])
+        wanting.extend(group)
     if not train:
         raise DataError(
             f"splitting {len(texts.examples)} texts: none left to train on, only {len(groups)} are distinct"
         )
     return TextSplits(tuple(train), tuple(validation), tuple(test), texts.label_names)
+
+
+def groups_in_order(examples: Iterable[TextExample], seed: int) -> list[list[TextExample]]:
+    """Return groups of equal texts, whatever their case and spacing, in an order that `seed` alone decides."""
+    groups: dict[str, list[TextExample]] = {}
+    for example in examples:
+        groups.setdefault(normalised(example.text), []).append(example)
+    order = sorted(groups, key=lambda text: hashlib.sha256(f"{seed}:{text}".encode()).digest())
+    return [groups[key] for key in order]
 
 
 def normalised(text: str) -> str:

@@ -17,7 +17,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 WEIGHT_DECAY = 0.01  # arXiv 1810.04805, appendix A.2; not on biases and LayerNorm
 # Half of MiniLM's parameters are the word table; leaving it frozen cost no accuracy (docs/log.md) and saves its
 # gradient and two moments.
-FROZEN = ("embeddings.word_embeddings.",)
+FROZEN = ("embeddings.word_embeddings.", "encoder.embeddings.word_embeddings.")
 
 
 @dataclass(frozen=True)

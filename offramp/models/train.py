@@ -46,6 +46,7 @@ class TrainReport:
 
     epochs: tuple[EpochReport, ...]
     precision: str
+    measure: str  # what validation says of every exit: accuracy, or error (the mean absolute one)
 
     @property
     def validation(self) -> tuple[float, ...]:
@@ -86,6 +87,7 @@ def train_model(
     fit.
     """
     check_rows(checkpoint, rows)
+    align_weights(checkpoint.model)
     run = Run(checkpoint, rows, plan, optimizer_from_model(checkpoint.model, plan), output, teacher)
     if output.folder is not None:
         save_checkpoint(output.folder, checkpoint, bytes_from_snapshot(snapshot_of(run, Position())))
@@ -155,7 +157,8 @@ def run_epochs(run: Run, position: Position) -> TrainReport:
                 state = None if finished else bytes_from_snapshot(snapshot_of(run, position))
                 save_checkpoint(run.output.folder, run.checkpoint, state)
     run.model.eval()
-    return TrainReport(position.epochs, precision_of_cpu(run.plan.run.precision))
+    measure = "error" if run.checkpoint.num_classes == 1 else "accuracy"
+    return TrainReport(position.epochs, precision_of_cpu(run.plan.run.precision), measure)
 
 
 def train_epoch(run: Run, position: Position, bar: Progress) -> EpochReport:
@@ -237,6 +240,16 @@ def snapshot_of(run: Run, position: Position) -> Snapshot:
         run.rows.sizes(),
         run.output.extra,
     )
+
+
+def align_weights(model: nn.Module) -> None:
+    """Move all weights to memory of their own, as a resumed run has them.
+
+    Pretrained ones lie in the middle of a file's, and products of a single row or column then round differently (1e-7
+    seen in a regression head), so that a resumed run would not end with the same bits.
+    """
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
 
 
 def checked_loss(loss: Tensor, epoch: int, step: int) -> float:

@@ -5,13 +5,11 @@ Nothing is drawn per row: a trace of a million rows gives a page of the same siz
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from itertools import pairwise
+import math
 from typing import TYPE_CHECKING
 
 from offramp.report.findings import (
     Alternative,
-    Bin,
     Confusion,
     ExitFinding,
     Findings,
@@ -19,8 +17,10 @@ from offramp.report.findings import (
     RiskPath,
     Waterfall,
 )
+from offramp.report.naming import name_points
 from offramp.report.svg import ACCENT, CARD, INFO, INK, MUTED, SOFT, WARN, Drawing, drawing, printable
-from offramp.report.words import share
+from offramp.report.words import RISK_AXES, share
+from offramp.tuning.diagnostics import Quality, ReliabilityBin
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -46,80 +46,28 @@ def frontier(found: Findings) -> Drawing:
         axes.plot([p.ms for p in swept], [height(p) or 0 for p in swept], "-", color=MUTED, lw=1.2, zorder=2)
         axes.plot([p.ms for p in swept], [height(p) or 0 for p in swept], "o", color=MUTED, ms=2.6, zorder=2)
         marks = {"exit alone": ("s", SOFT, 6.0), "full depth": ("D", INK, 6.5), "uncut": ("D", CARD, 6.5)}
-        marks |= {"fixed 0.9": ("^", INFO, 8.0), "measured": ("o", CARD, 6.0), "chosen": ("o", ACCENT, 11.0)}
+        marks |= {
+            "fixed 0.9": ("^", INFO, 8.0),
+            "tuned": ("v", INFO, 6.5),
+            "measured": ("o", CARD, 6.0),
+            "chosen": ("o", ACCENT, 11.0),
+        }
         for point in sorted(found.alternatives, key=lambda p: p.kind == "chosen"):
             y = height(point)
             if point.kind == "sweep" or y is None:
                 continue
             marker, fill, size = marks[point.kind]
-            edge = CARD if point.kind in ("chosen", "fixed 0.9") else INK if fill == CARD else fill
+            edge = CARD if point.kind in ("chosen", "fixed 0.9", "tuned") else INK if fill == CARD else fill
             axes.plot([point.ms], [y], marker, color=fill, mec=edge, mew=1.2, ms=size, zorder=4)
         axes.margins(x=0.1, y=0.16)
         axes.set_xlim(left=0)
         axes.set_xlabel("mean time per row, ms")
         _title_axis(axes, "accuracy, %" if labelled else "same answer as full depth, %")
         figure.draw_without_rendering()  # settles the layout, which the names need to know
-        _name_points(axes, found, height)
+        name_points(axes, found.alternatives, height)
 
     quality = "accuracy" if labelled else "agreement with full depth"
     return drawing("frontier", (WIDE, 300), f"Scatter of {quality} over mean time per row for each alternative", draw)
-
-
-def _name_points(axes: Axes, found: Findings, height: Callable[[Alternative], float | None]) -> None:
-    """Write each name where it covers neither a point nor another name, the policy's first."""
-    named = [(p, y) for p in found.alternatives if (y := height(p)) is not None]
-    taken = [_box(axes, p.ms, y, (0, 0), 1) for p, y in named if p.kind != "sweep"]
-    swept = [(p.ms, y) for p, y in named if p.kind == "sweep"]
-    for (x, y), (u, v) in pairwise(swept):
-        taken += [_box(axes, x + part * (u - x), y + part * (v - y), (0, 0), 0) for part in (0, 0.25, 0.5, 0.75)]
-    for point, y in sorted(named, key=lambda item: _NAMING.index(item[0].kind)):
-        if point.kind == "sweep":
-            continue
-        text = point.name.partition(",")[0].removesuffix(" alone")
-        spots = [(0.0, 12.0), (0.0, -20.0), (7 + 3.1 * len(text), -4.0), (-7 - 3.1 * len(text), -4.0)]
-        spots += [(7 + 3.1 * len(text), 12.0), (7 + 3.1 * len(text), -20.0), (0.0, 26.0), (0.0, -34.0)]
-        boxes = [_box(axes, point.ms, y, spot, len(text)) for spot in spots]
-        costs = [_hidden(axes, box) * 3 + sum(_overlap(box, other) for other in taken) for box in boxes]
-        best = costs.index(min(costs))
-        taken.append(boxes[best])
-        is_chosen = point.kind == "chosen"
-        axes.annotate(
-            text,
-            (point.ms, y),
-            spots[best],
-            textcoords="offset points",
-            ha="center",
-            color=ACCENT if is_chosen else MUTED if point.kind == "exit alone" else INK,
-            weight="bold" if is_chosen else "normal",
-            zorder=5,
-        )
-
-
-_NAMING = ("chosen", "full depth", "uncut", "fixed 0.9", "measured", "exit alone", "sweep")
-_Box = tuple[float, float, float, float]  # left, bottom, right, top in points
-
-
-def _box(axes: Axes, x: float, y: float, offset: tuple[float, float], num_characters: int) -> _Box:
-    """Where a text, or a dot of one or no character, lies on the figure."""
-    left, bottom = axes.transData.transform((x, y))
-    centre, base = float(left) + offset[0], float(bottom) + offset[1]
-    if num_characters <= 1:
-        reach = 3.0 + 3 * num_characters
-        return centre - reach, base - reach, centre + reach, base + reach
-    return centre - 3.1 * num_characters, base - 2, centre + 3.1 * num_characters, base + 10
-
-
-def _overlap(one: _Box, other: _Box) -> float:
-    wide = min(one[2], other[2]) - max(one[0], other[0])
-    high = min(one[3], other[3]) - max(one[1], other[1])
-    return wide * high if wide > 0 and high > 0 else 0.0
-
-
-def _hidden(axes: Axes, box: _Box) -> float:
-    """How much of a text would lie outside the axes, in points squared."""
-    frame = axes.get_window_extent()
-    inside = _overlap(box, (frame.x0, frame.y0, frame.x1, frame.y1))
-    return (box[2] - box[0]) * (box[3] - box[1]) - inside
 
 
 def leaving(exits: tuple[ExitFinding, ...]) -> Drawing:
@@ -168,6 +116,7 @@ def waterfall(found: Waterfall) -> Drawing:
         axes = figure.subplots()
         level = 0.0
         top = max(step.ms for step in found.steps if step.kind == "level")
+        digits = max(0, 2 - math.floor(math.log10(top)))
         for row, step in enumerate(found.steps):
             if step.kind == "level":
                 axes.barh(row, step.ms, color=SOFT, height=0.62)
@@ -177,11 +126,12 @@ def waterfall(found: Waterfall) -> Drawing:
                 axes.barh(row, step.ms, left=level, color=ACCENT if step.ms <= 0 else WARN, height=0.62)
             if row + 1 < len(found.steps):
                 axes.plot([end, end], [row - 0.31, row + 1.31], color=MUTED, lw=0.8)
-            text = f"{step.ms:.2f}" if step.kind == "level" else f"{step.ms:+.2f}".replace("-", "−")
+            text = f"{step.ms:.{digits}f}" if step.kind == "level" else f"{step.ms:+.{digits}f}".replace("-", "−")
+            text = "0" if round(step.ms, digits) == 0 else text
             right = max(level, end) + 0.012 * top
             axes.text(right, row, text, va="center", color=INK)
             level = end
-        axes.set_yticks(range(len(found.steps)), [_short(step.name, 22) for step in found.steps])
+        axes.set_yticks(range(len(found.steps)), [_short(step.name, 26) for step in found.steps])
         axes.tick_params(axis="y", labelcolor=INK)
         axes.invert_yaxis()
         axes.grid(False, axis="y")
@@ -193,7 +143,7 @@ def waterfall(found: Waterfall) -> Drawing:
     )
 
 
-def reliability(found: ExitFinding, title: str) -> Drawing:
+def reliability(exit_index: int, found: Quality, title: str) -> Drawing:
     """Accuracy over confidence at one exit; the area of a dot is its share of the rows."""
     total = sum(point.num_rows for point in found.reliability)
 
@@ -212,52 +162,48 @@ def reliability(found: ExitFinding, title: str) -> Drawing:
         axes.set_xlabel("confidence")
         _title_axis(axes, "accuracy")
 
-    name = f"reliability-{found.exit_index}"
+    name = f"reliability-{exit_index}"
     return drawing(name, (SMALL, SMALL), f"Reliability diagram of {title}: accuracy over confidence", draw)
 
 
-def _is_off(point: Bin) -> bool:
+def _is_off(point: ReliabilityBin) -> bool:
     """More than two standard errors away from its confidence."""
     error = (max(point.confidence * (1 - point.confidence), 1e-4) / point.num_rows) ** 0.5
     return bool(abs(point.accuracy - point.confidence) > 2 * error)
 
 
 def risk_path(path: RiskPath, chosen: Alternative) -> Drawing:
-    """Losses and their upper bound along one threshold for all exits, and the part that is certified."""
+    """Losses and their upper bound along the sequence of a test, and the part that is certified."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         depth = [point.mean_depth for point in path.points]
         bound = [100 * point.upper_bound for point in path.points]
-        seen = [100 * point.losses / point.num_rows for point in path.points]
-        changed = 100 * (1 - (chosen.agreement or 0))
-        top = max(400 * path.max_risk, 1.3 * min(bound), min(1.3 * changed, 1200 * path.max_risk))
+        seen = [100 * point.losses / max(path.num_rows, 1) for point in path.points]
+        top = 1.15 * max(200 * path.max_risk, *(y for y in bound if y <= 400 * path.max_risk))
         certified = [point.mean_depth for point in path.points if point.certified]
-        if certified:
-            axes.axvspan(min(certified), max(certified), color=ACCENT, alpha=0.14, lw=0)
-            axes.axvline(min(certified), color=ACCENT, lw=1.6)
+        axes.axvspan(min(certified), max(certified), color=ACCENT, alpha=0.14, lw=0)
+        axes.axvline(min(certified), color=ACCENT, lw=1.6)
         axes.axhline(100 * path.max_risk, color=WARN, lw=1.4, dashes=(4, 3))
-        axes.text(depth[0], 100 * path.max_risk, f"allowed: {share(path.max_risk)}", color=WARN, va="bottom", ha="left")
         axes.plot(depth, bound, "-", color=INK, lw=1.8)
         axes.plot(depth, seen, "o", color=INFO, ms=3.4)
-        marker = "o" if changed <= top else "^"  # an arrow: it lies above
-        place = [chosen.mean_depth or 0], [min(changed, top)]
-        axes.plot(*place, marker, color=ACCENT, mec=CARD, ms=10, clip_on=False, zorder=5)
-        axes.set_ylim(0, top)
-        low, high = min(*depth, chosen.mean_depth or depth[0]), max(*depth, chosen.mean_depth or 0)
+        entries = [("upper bound", INK, "-"), ("seen", INFO, "o"), ("certified", ACCENT, "s")]
+        entries.append((f"allowed: {share(path.max_risk)}", WARN, "-"))
+        low, high = min(depth), max(depth)
+        if path.risk == "consistency" and chosen.mean_depth and chosen.agreement is not None:
+            changed = 100 * (1 - chosen.agreement)
+            marker = "o" if changed <= top else "^"  # an arrow: it lies above
+            axes.plot(
+                [chosen.mean_depth], [min(changed, top)], marker, color=ACCENT, mec=CARD, ms=10, clip_on=False, zorder=5
+            )
+            entries.append(("this policy, on all rows", ACCENT, marker))
+            low, high = min(low, chosen.mean_depth), max(high, chosen.mean_depth)
+        axes.set_ylim(min(0.0, *seen), top)
         pad = 0.05 * (high - low) or 0.5
         axes.set_xlim(high + pad, low - pad)  # deeper on the left: the test walks to the right
-        axes.set_xlabel("mean depth, segments (looser to the right)")
-        _title_axis(axes, "rows answered differently from full depth, %")
-        _key(
-            axes,
-            [
-                ("upper bound", INK, "-"),
-                ("seen", INFO, "o"),
-                ("certified", ACCENT, "s"),
-                ("this policy, seen", ACCENT, "o"),
-            ],
-        )
+        axes.set_xlabel("mean depth, segments (the test walks to the right)")
+        _title_axis(axes, RISK_AXES[path.risk])
+        _key(axes, entries)
 
     return drawing("risk-path", (WIDE, 280), "Risk and its upper bound along the path of thresholds", draw)
 
@@ -283,6 +229,8 @@ def confusion(found: Confusion) -> Drawing | None:
     if len(found.names) > _MOST_CLASSES:
         return None
     names = [_short(name, _LONGEST_NAME if len(found.names) <= 6 else 6) for name in found.names]
+    if len(set(names)) < len(names):
+        names = [str(c) for c in range(len(names))]  # cut short they look the same
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -400,7 +348,7 @@ def _key(axes: Axes, entries: list[tuple[str, str, str]]) -> None:
         )
         for text, colour, mark in entries
     ]
-    axes.legend(handles=handles, loc="upper left", frameon=False, labelcolor=INK, fontsize=9.5, handlelength=1.2)
+    axes.legend(handles=handles, loc="best", frameon=False, labelcolor=INK, fontsize=9.5, handlelength=1.2)
 
 
 def _short(text: str, most: int) -> str:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["chosen", "full depth", "uncut", "exit alone", "fixed 0.9", "sweep", "measured"]
+from offramp.tuning.diagnostics import Overthinking, Quality
+
+Kind = Literal["chosen", "full depth", "uncut", "exit alone", "fixed 0.9", "tuned", "sweep", "measured"]
 
 
 @dataclass(frozen=True)
@@ -46,15 +48,7 @@ class Alternative:
     accuracy: float | None
     agreement: float | None  # share of the rows answered as full depth answers; None where only a clock was read
     mean_depth: float | None  # in segments; None for a model that has none
-
-
-@dataclass(frozen=True)
-class Bin:
-    """One bin of a reliability diagram."""
-
-    confidence: float  # mean over its rows
-    accuracy: float
-    num_rows: int
+    known: str = ""  # of a way to choose thresholds: what it says about the risk on other rows
 
 
 @dataclass(frozen=True)
@@ -74,21 +68,9 @@ class ExitFinding:
     accuracy: float | None  # over all rows, had they all left here
     accuracy_leaving: float | None  # over the rows that do
     ece_unscaled: float | None  # calibration error at temperature 1
-    ece: float | None  # at `temperature`
-    auroc: float | None  # of telling its wrong answers from its right ones by confidence
+    quality: Quality | None  # at `temperature`
     lost_later: int | None  # rows right here that the final exit gets wrong
     won_later: int | None  # rows wrong here that the final exit gets right
-    reliability: tuple[Bin, ...]  # at `temperature`; empty without labels
-
-
-@dataclass(frozen=True)
-class Overthinking:
-    """Rows with a label that some earlier exit had right and the final exit gets wrong, and the other way round."""
-
-    num_rows: int
-    destroyed: int  # some earlier exit right, the final one wrong
-    needed: int  # every earlier exit wrong, the final one right
-    wasted: int  # the first exit right already, and the final one too
 
 
 @dataclass(frozen=True)
@@ -101,35 +83,47 @@ class Step:
 
 
 @dataclass(frozen=True)
+class DroppedExit:
+    """An exit that a placement left out."""
+
+    exit_index: int
+    with_it_ms: float | None  # per row, had it been kept; None: no threshold was within the risk
+
+
+@dataclass(frozen=True)
 class Waterfall:
     """From full depth to the policy: what each exit saves and costs."""
 
     steps: tuple[Step, ...]
-    source: Literal["trace", "placement"]
+    source: Literal["trace", "placement"]  # a placement counts exits as the bundle before it did
+    dropped: tuple[DroppedExit, ...] = ()
+    worst_case: float | None = None  # full depth ÷ uncut model, of a placement
 
 
 @dataclass(frozen=True)
 class RiskPoint:
-    """One policy of a path from full depth to ever earlier exits, tested on the rows of the trace."""
+    """One policy of a path from full depth to ever earlier exits, on the rows that test it."""
 
-    threshold: float
     ms: float
     mean_depth: float
-    losses: int
-    num_rows: int
-    upper_bound: float  # of the risk, at the path's confidence
+    losses: float  # a count, or a sum for risks that are not counted
+    upper_bound: float  # of the risk, at the path's confidence, had this policy been the only one tested
     certified: bool  # it and every policy before it passed the test
 
 
 @dataclass(frozen=True)
 class RiskPath:
-    """The fixed-sequence test along one threshold for all exits."""
+    """The sequence along which thresholds are certified; some of its points, with the last that passed."""
 
+    risk: str
     max_risk: float
     confidence: float
-    risk: str
-    score: str
-    points: tuple[RiskPoint, ...]  # strictest first
+    num_rows: int  # tested, those that count for the risk
+    num_learned: int  # rows that the path was learned on, and that had no part in the test
+    is_of_certificate: (
+        bool  # the very test behind the bundle's certificate; else one made here to show what these rows can
+    )
+    points: tuple[RiskPoint, ...]  # from full depth on
 
 
 @dataclass(frozen=True)
@@ -138,6 +132,16 @@ class SourceFinding:
 
     source: str
     statement: str
+
+
+@dataclass(frozen=True)
+class CertifiedExit:
+    """One exit among the rows that tested a certificate."""
+
+    exit_index: int
+    num_rows: int  # that left here
+    losses: float
+    upper_bound: float | None  # of the risk among them, for all exits together; None where the risk has no exact one
 
 
 @dataclass(frozen=True)
@@ -150,6 +154,7 @@ class CertificateFinding:
     conditions: tuple[str, ...] = ()
     limits: tuple[str, ...] = ()  # what it does not say
     command: str = ""  # what makes one, where there is none
+    exits: tuple[CertifiedExit, ...] = ()
     sources: tuple[SourceFinding, ...] = ()
 
 
@@ -226,6 +231,11 @@ class Findings:
     def full_depth(self) -> Alternative:
         """Every row to the end."""
         return self._required("full depth")
+
+    @property
+    def baseline(self) -> Alternative:
+        """What the policy is compared with: the uncut model where it was timed, else full depth."""
+        return self.alternative("uncut") or self.full_depth
 
     def _required(self, kind: Kind) -> Alternative:
         found = self.alternative(kind)

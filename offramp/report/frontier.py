@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle import LEARNED
 from offramp.errors import DataError
 from offramp.policy import Policy
-from offramp.report.findings import Alternative, Kind, Step, Waterfall
+from offramp.report.findings import Alternative, DroppedExit, Kind, Step, Waterfall
 from offramp.trace import UNKNOWN, Trace
+from offramp.tuning import alternatives as tuning
+from offramp.tuning.path import exits_along, grid_path, open_exits, policy_at, sureness_of
 from offramp.tuning.replay import (
     Replay,
     accuracy,
@@ -25,42 +26,42 @@ from offramp.tuning.replay import (
     replay,
 )
 
-FIXED = 0.9  # what people take who do not calibrate
-# 1 - 10^-x, with x falling by equal factors: fine where policies differ, however sure the exits are. A linear grid of
-# thresholds has nearly all of its points where nothing changes.
-NUM_SWEPT = 49
-_SWEEP_FROM, _SWEEP_TO = 6.0, 0.05
+NUM_SWEPT = 40  # points of the sweep, about; spread evenly over time
 
 
-def sweep_thresholds() -> list[float]:
-    """Sureness wanted of every exit, in [0, 1), from the strictest on."""
-    return [1 - 10**-x for x in np.geomspace(_SWEEP_FROM, _SWEEP_TO, NUM_SWEPT).tolist()]
+def alternatives(trace: Trace, policy: Policy, tuned: Sequence[tuning.Alternative]) -> tuple[Alternative, ...]:
+    """The policy, full depth, the uncut model where it was timed, each exit alone, other ways to choose, and a sweep.
 
-
-def global_policy(trace: Trace, score: str, sureness: float, temperatures: tuple[float, ...]) -> Policy:
-    """One threshold for all exits that have the score; for entropy, where small is sure, 1 - `sureness`."""
-    limit = 1 - sureness if score == "entropy" else sureness
-    has_score = trace.has_learned if score == LEARNED else (True,) * trace.num_exits
-    return Policy.thresholds(score, [limit if has else None for has in has_score[:-1]], temperatures)
-
-
-def alternatives(trace: Trace, policy: Policy, decided: Replay) -> tuple[Alternative, ...]:
-    """The policy, full depth, the uncut model where it was timed, each exit alone, 0.9 everywhere, and a sweep."""
-    rows, final = np.arange(len(trace.labels)), trace.num_exits - 1
+    `tuned` is what `offramp calibrate --compare` compares.
+    """
+    num_rows, final = len(trace.labels), trace.num_exits - 1
     found = [
-        _replayed("this policy", "chosen", trace, decided.exit_index),
-        _replayed("full depth", "full depth", trace, np.full(len(rows), final)),
+        _replayed("this policy", "chosen", trace, replay(policy, trace).exit_index),
+        _replayed("full depth", "full depth", trace, np.full(num_rows, final)),
     ]
     if math.isfinite(trace.uncut_ms):
         found.append(Alternative("uncut model", "uncut", trace.uncut_ms, found[1].accuracy, 1.0, None))
-    found += [_replayed(f"exit {k} alone", "exit alone", trace, np.full(len(rows), k)) for k in range(final)]
-    fixed = global_policy(trace, "max_prob", FIXED, policy.temperatures)
-    found.append(_replayed(f"{FIXED} everywhere", "fixed 0.9", trace, replay(fixed, trace).exit_index))
-    for sureness in sweep_thresholds():
-        swept = global_policy(trace, policy.score, sureness, policy.temperatures)
-        name = f"{policy.score} {_limit_text(sureness, policy.score)} everywhere"
-        found.append(_replayed(name, "sweep", trace, replay(swept, trace).exit_index))
-    return tuple(found)
+    found += [_replayed(f"exit {k} alone", "exit alone", trace, np.full(num_rows, k)) for k in range(final)]
+    for other in tuned:
+        if any(limit is not None for limit in other.policy.limits) and other.policy != policy:
+            kind: Kind = "fixed 0.9" if other.name.startswith("fixed") else "tuned"
+            point = _replayed(other.name, kind, trace, replay(other.policy, trace).exit_index)
+            found.append(replace(point, known=other.known))
+    return (*found, *_swept(trace, replace(policy, limits=(), sources={}, patience=0)))
+
+
+def _swept(trace: Trace, base: Policy) -> Iterator[Alternative]:
+    """One threshold for all exits, from strict to loose: the grid that certificates walk along, thinned out."""
+    path = grid_path(base.score, open_exits(base, trace))
+    grain = float(cumulative_costs_ms(trace)[-1]) / NUM_SWEPT
+    last_ms = math.inf
+    for position, exit_index in enumerate(exits_along(sureness_of(base, trace), path)):
+        ms = expected_cost_ms(exit_index, trace)
+        if ms <= last_ms - grain or position in (0, len(path) - 1):
+            last_ms = ms
+            limits = [limit for limit in policy_at(base, path[position]).limits if limit is not None]
+            name = f"one threshold, {base.score} {limits[0]:.6f}" if limits else "one threshold, closed"
+            yield _replayed(name, "sweep", trace, exit_index)
 
 
 def measured_alternatives(document: Any) -> tuple[Alternative, ...]:
@@ -84,9 +85,35 @@ def waterfall_from_shares(trace: Trace, decided: Replay) -> Waterfall:
     """What the rows leaving at each exit save, in ms per row of all rows."""
     costs = cumulative_costs_ms(trace)
     savings = saved_ms(trace, decided.exit_index)
-    steps = [Step("full depth", float(costs[-1]), "level")]
+    steps = [Step("uncut model", trace.uncut_ms, "level")] if math.isfinite(trace.uncut_ms) else []
+    steps.append(Step("full depth", float(costs[-1]), "level"))
     steps += [Step(f"leaving at exit {k}", -float(savings[k]), "saving") for k in range(trace.num_exits - 1)]
     return Waterfall((*steps, Step("this policy", expected_cost_ms(decided.exit_index, trace), "level")), "trace")
+
+
+def waterfall_from_placement(document: Any) -> Waterfall:
+    """What `offramp place` found, as it wrote it in reports/placement.json. Raises DataError for anything else."""
+    try:
+        steps = [
+            Step("uncut model", float(document["costs"]["uncut_ms"]), "level"),
+            Step("one segment, no early exit", float(document["no_exits_ms"]), "level"),
+        ]
+        for exit_ in document["exits"]:
+            if exit_["is_kept"]:
+                steps.append(Step(f"exit {exit_['exit_index']} costs", float(exit_["costs_ms"]), "cost"))
+                steps.append(Step(f"exit {exit_['exit_index']} saves", -float(exit_["saves_ms"]), "saving"))
+        dropped = tuple(
+            DroppedExit(int(exit_["exit_index"]), None if exit_["toggled_ms"] is None else float(exit_["toggled_ms"]))
+            for exit_ in document["exits"]
+            if not exit_["is_kept"]
+        )
+        steps.append(Step("as placed", float(document["expected_ms"]), "level"))
+        return Waterfall(tuple(steps), "placement", dropped, float(document["worst_case"]))
+    except (KeyError, TypeError, ValueError) as exc:
+        raise DataError(
+            f"report: the placement does not look like one ({exc!r}); expected what `offramp place BUNDLE -o PLACED` "
+            f"writes as reports/placement.json"
+        ) from exc
 
 
 def saved_ms(trace: Trace, exit_index: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -94,18 +121,6 @@ def saved_ms(trace: Trace, exit_index: NDArray[np.int64]) -> NDArray[np.float64]
     costs = cumulative_costs_ms(trace)
     saved: NDArray[np.float64] = exit_shares(exit_index, trace.num_exits) * (costs[-1] - costs)
     return saved
-
-
-def decided_by_source(policy: Policy, trace: Trace) -> Replay:
-    """What the policy does with every row, each under the rules of its source."""
-    decided = replay(policy.for_source(""), trace)
-    for source in sorted(set(policy.sources) & set(np.unique(trace.sources).tolist())):
-        rows = trace.sources == source
-        own = replay(policy.for_source(source), trace)
-        for name in ("exit_index", "prediction"):
-            getattr(decided, name)[rows] = getattr(own, name)[rows]
-        decided = replace(decided, reason=np.where(rows, own.reason, decided.reason))
-    return decided
 
 
 def _replayed(name: str, kind: Kind, trace: Trace, exit_index: NDArray[np.int64]) -> Alternative:
@@ -118,11 +133,6 @@ def _replayed(name: str, kind: Kind, trace: Trace, exit_index: NDArray[np.int64]
         float((prediction == trace.predictions[:, -1]).mean()),
         mean_depth(exit_index),
     )
-
-
-def _limit_text(sureness: float, score: str) -> str:
-    limit, sign = (1 - sureness, "≤") if score == "entropy" else (sureness, "≥")
-    return f"{sign} {limit:.6f}".rstrip("0")
 
 
 def _share(figures: Mapping[str, Any]) -> float | None:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle import SCORES, Manifest
+from offramp.bundle import Manifest
 from offramp.policy import Policy
-from offramp.report.findings import Bin, Confusion, ExitFinding, Overthinking, RetentionBin
+from offramp.report.findings import Confusion, ExitFinding, RetentionBin
 from offramp.report.frontier import saved_ms
 from offramp.trace import UNKNOWN, Trace
-from offramp.tuning.replay import Replay, exit_shares, scores_from_logits
-from offramp.tuning.temperature import NUM_BINS, expected_calibration_error
+from offramp.tuning.diagnostics import Overthinking, overthinking, quality
+from offramp.tuning.replay import Replay, exit_shares
 
 NUM_LENGTH_BINS = 8
 
@@ -22,12 +22,14 @@ def exit_findings(trace: Trace, policy: Policy, decided: Replay, manifest: Manif
     saved = saved_ms(trace, decided.exit_index)
     temperatures = policy.temperatures or (1.0,) * trace.num_exits
     known = trace.labels != UNKNOWN
-    right = trace.predictions[known] == trace.labels[known, None]  # (L, E)
+    labels, is_labelled = trace.labels[known], bool(known.any())
+    right = trace.predictions[known] == labels[:, None]  # (L, E)
     found = []
     for k in range(trace.num_exits):
         leavers = decided.exit_index == k
         changed = trace.predictions[leavers, k] != trace.predictions[leavers, -1]
-        confidence = [_confidence(trace, k, known, 1 / t) for t in (1.0, temperatures[k])] if known.any() else []
+        logits = trace.logits[known, k]
+        scaled = quality(logits, labels, temperatures[k]) if is_labelled else None
         found.append(
             ExitFinding(
                 exit_index=k,
@@ -37,49 +39,18 @@ def exit_findings(trace: Trace, policy: Policy, decided: Replay, manifest: Manif
                 segment_ms=float(trace.costs_ms[k]),
                 share=float(shares[k]),
                 reached=float(shares[k:].sum()),
-                changed=float(changed.mean()) if len(changed) else None,
+                changed=_mean(changed),
                 saved_ms=float(saved[k]),
                 agreement=float((trace.predictions[:, k] == trace.predictions[:, -1]).mean()),
                 accuracy=_mean(right[:, k]),
                 accuracy_leaving=_mean(right[leavers[known], k]),
-                ece_unscaled=expected_calibration_error(confidence[0], right[:, k]) if confidence else None,
-                ece=expected_calibration_error(confidence[1], right[:, k]) if confidence else None,
-                auroc=failure_auroc(confidence[1], right[:, k]) if confidence else None,
-                lost_later=int((right[:, k] & ~right[:, -1]).sum()) if confidence else None,
-                won_later=int((~right[:, k] & right[:, -1]).sum()) if confidence else None,
-                reliability=reliability_bins(confidence[1], right[:, k]) if confidence else (),
+                ece_unscaled=quality(logits, labels, 1.0).ece if is_labelled else None,
+                quality=scaled,
+                lost_later=int((right[:, k] & ~right[:, -1]).sum()) if is_labelled else None,
+                won_later=int((~right[:, k] & right[:, -1]).sum()) if is_labelled else None,
             )
         )
     return tuple(found)
-
-
-def reliability_bins(confidence: NDArray[np.floating], correct: NDArray[np.bool_]) -> tuple[Bin, ...]:
-    """The bins of `expected_calibration_error` that have rows: equal widths, closed above."""
-    bins = (np.ceil(np.asarray(confidence, np.float64) * NUM_BINS).astype(np.int64) - 1).clip(0, NUM_BINS - 1)
-    found = []
-    for position in np.unique(bins):
-        inside = bins == position
-        found.append(Bin(float(confidence[inside].mean()), float(correct[inside].mean()), int(inside.sum())))
-    return tuple(found)
-
-
-def failure_auroc(confidence: NDArray[np.floating], correct: NDArray[np.bool_]) -> float | None:
-    """How often a right answer is surer than a wrong one, ties counting half; None when there is only one kind."""
-    num_right, num_wrong = int(correct.sum()), int((~correct).sum())
-    if not num_right or not num_wrong:
-        return None
-    _, position, counts = np.unique(confidence, return_inverse=True, return_counts=True)
-    ranks = np.cumsum(counts) - (counts - 1) / 2  # mean rank of equal values
-    above = ranks[position][correct].sum() - num_right * (num_right + 1) / 2
-    return float(above / (num_right * num_wrong))
-
-
-def exit_agreement(trace: Trace) -> tuple[tuple[float, ...], ...]:
-    """(E, E) the share of rows to which two exits say the same."""
-    said = trace.predictions
-    return tuple(
-        tuple(float((said[:, i] == said[:, j]).mean()) for j in range(trace.num_exits)) for i in range(trace.num_exits)
-    )
 
 
 def class_confusion(trace: Trace, decided: Replay, names: tuple[str, ...]) -> Confusion:
@@ -94,19 +65,12 @@ def class_confusion(trace: Trace, decided: Replay, names: tuple[str, ...]) -> Co
     return Confusion("label" if known.any() else "full depth", names, tuple(map(tuple, counts.tolist())))
 
 
-def overthinking(trace: Trace) -> Overthinking | None:
-    """How often going on spoils a right answer (Kaya et al. 2019, arXiv 1810.07052, section 4); None without labels."""
+def overthinking_shares(trace: Trace, policy: Policy) -> Overthinking | None:
+    """How often going on spoils a right answer; None without labels."""
     known = trace.labels != UNKNOWN
     if not known.any():
         return None
-    right = trace.predictions[known] == trace.labels[known, None]  # (L, E)
-    earlier, final = right[:, :-1].any(axis=1), right[:, -1]
-    return Overthinking(
-        num_rows=len(right),
-        destroyed=int((earlier & ~final).sum()),
-        needed=int((~earlier & final).sum()),
-        wasted=int((right[:, 0] & final).sum()) if trace.num_exits > 1 else 0,
-    )
+    return overthinking(trace.rows(known), np.array(policy.temperatures or (1.0,) * trace.num_exits))
 
 
 def retention_bins(trace: Trace, decided: Replay) -> tuple[RetentionBin, ...]:
@@ -129,10 +93,5 @@ def retention_bins(trace: Trace, decided: Replay) -> tuple[RetentionBin, ...]:
     return tuple(found)
 
 
-def _confidence(trace: Trace, exit_index: int, known: NDArray[np.bool_], inverse: float) -> NDArray[np.float32]:
-    """The max probability of the labelled rows at one exit, (L,)."""
-    return scores_from_logits(trace.logits[known, exit_index], inverse)[:, SCORES.index("max_prob")]
-
-
-def _mean(right: NDArray[np.bool_]) -> float | None:
-    return float(right.mean()) if len(right) else None
+def _mean(flags: NDArray[np.bool_]) -> float | None:
+    return float(flags.mean()) if len(flags) else None

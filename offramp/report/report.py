@@ -18,6 +18,8 @@ from offramp.report.sections import example_lists, sections, tiles
 from offramp.report.svg import printable
 from offramp.report.words import count, headline, policy_text, share
 from offramp.trace import UNKNOWN, Trace
+from offramp.tuning.diagnostics import exit_agreement
+from offramp.tuning.replay import replay
 
 
 @dataclass(frozen=True)
@@ -38,22 +40,24 @@ def findings_from_evidence(evidence: Evidence) -> Findings:
     """Everything the report says. Raises DataError when the trace has no rows or is about another model."""
     trace, policy = evidence.trace, evidence.policy
     _check(evidence)
-    decided = frontier.decided_by_source(policy, trace)
+    decided = replay(policy, trace)
     measured = frontier.measured_alternatives(evidence.benchmark) if evidence.benchmark is not None else ()
     certificate = evidence.certificate
-    bound = (risk.MAX_RISK, risk.CONFIDENCE)
-    if certificate and certificate.risk == "consistency":
-        bound = (certificate.max_risk, certificate.confidence)
-    names = evidence.manifest.labels or tuple(f"class {c}" for c in range(trace.logits.shape[2]))
+    names = evidence.manifest.labels or tuple(map(str, range(trace.logits.shape[2])))
+    test = risk.retested(trace, policy, certificate, names)
     return Findings(
         subject=_subject(evidence, names),
-        alternatives=(*frontier.alternatives(trace, policy, decided), *measured),
+        alternatives=(*frontier.alternatives(trace, policy, test.alternatives), *measured),
         exits=quality.exit_findings(trace, policy, decided, evidence.manifest),
-        waterfall=frontier.waterfall_from_shares(trace, decided),
-        exit_agreement=quality.exit_agreement(trace),
+        waterfall=(
+            frontier.waterfall_from_shares(trace, decided)
+            if evidence.placement is None
+            else frontier.waterfall_from_placement(evidence.placement)
+        ),
+        exit_agreement=tuple(map(tuple, exit_agreement(trace.predictions).tolist())),
         confusion=quality.class_confusion(trace, decided, names),
-        overthinking=quality.overthinking(trace),
-        risk_path=risk.risk_path(trace, policy, *bound),
+        overthinking=quality.overthinking_shares(trace, policy),
+        risk_path=risk.risk_path(trace, test, certificate),
         certificate=risk.certificate_finding(certificate, trace, policy, evidence.bundle),
         retention=quality.retention_bins(trace, decided),
         examples=examples(trace, decided, evidence.texts, names),

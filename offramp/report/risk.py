@@ -1,17 +1,26 @@
-"""The certificate in plain words, and how far a threshold for all exits could go under its bound."""
+"""The certificate in plain words, and the test behind it as a path that can be drawn."""
 
 from __future__ import annotations
 
-from offramp.binomial import p_value, upper_bound
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from offramp.binomial import upper_bound
 from offramp.certificate import Certificate, SourceStatement
+from offramp.errors import DataError, OptionError
 from offramp.policy import Policy
-from offramp.report.findings import CertificateFinding, RiskPath, RiskPoint, SourceFinding
-from offramp.report.frontier import global_policy, sweep_thresholds
+from offramp.report.findings import CertificateFinding, CertifiedExit, RiskPath, RiskPoint, SourceFinding
 from offramp.report.words import count, share
-from offramp.trace import Trace
-from offramp.tuning.replay import expected_cost_ms, mean_depth, replay
+from offramp.trace import UNKNOWN, Trace
+from offramp.tuning.alternatives import Alternative, alternatives
+from offramp.tuning.certify import Certified, CertifyOptions, certify
+from offramp.tuning.losses import losses_from_trace
+from offramp.tuning.path import exits_along, sureness_of
+from offramp.tuning.replay import cumulative_costs_ms, expected_cost_ms, mean_depth
+from offramp.tuning.risk_tests import betting_upper_bound
 
 MAX_RISK, CONFIDENCE = 0.01, 0.95  # what `offramp calibrate` certifies unless told otherwise
+NUM_POINTS = 48  # of a path that are drawn, about
 
 _PROMISES = {
     "consistency": "at most {risk} of all answers differ from the answer that the whole model would have given",
@@ -28,32 +37,75 @@ _LOSSES = {
 }
 
 
-def risk_path(trace: Trace, policy: Policy, max_risk: float, confidence: float) -> RiskPath:
-    """Test one threshold for all exits after the other, the strictest first, until one fails.
+@dataclass(frozen=True)
+class Retested:
+    """What certifying on the rows of the report gives, and what it is compared with."""
 
-    The risk is disagreement with full depth, which needs no labels. The sequence is fixed before the rows are seen, so
-    every policy before the first failure holds (Angelopoulos et al. 2021, arXiv 2110.01052, section 3).
+    base: Policy
+    options: CertifyOptions
+    certified: Certified
+    alternatives: tuple[Alternative, ...]
+
+
+def retested(trace: Trace, policy: Policy, certificate: Certificate | None, names: Sequence[str]) -> Retested:
+    """Certify on `trace` what `certificate` certifies, or 1 % of changed answers where there is none.
+
+    Everything but the thresholds is as in `policy`. On the rows of the certificate this repeats the test behind it.
+    A risk that the rows say nothing about, for want of labels, gives way to changed answers.
     """
-    points: list[RiskPoint] = []
-    passing = True
-    for sureness in sweep_thresholds():
-        swept = global_policy(trace, policy.score, sureness, policy.temperatures)
-        decided = replay(swept, trace)
-        losses = int((decided.prediction != trace.predictions[:, -1]).sum())
-        num_rows = len(trace.labels)
-        passing = passing and p_value(losses, num_rows, max_risk) <= 1 - confidence
-        points.append(
-            RiskPoint(
-                threshold=next((limit for limit in swept.limits if limit is not None), 1.0),
-                ms=expected_cost_ms(decided.exit_index, trace),
-                mean_depth=mean_depth(decided.exit_index),
-                losses=losses,
-                num_rows=num_rows,
-                upper_bound=upper_bound(losses, num_rows, 1 - confidence),
-                certified=bool(passing),
-            )
+    base = replace(policy, limits=(), sources={})
+    options = CertifyOptions(MAX_RISK, CONFIDENCE)
+    if certificate:
+        is_of_class = certificate.risk == "missed_detection" and certificate.class_name in names
+        class_index = names.index(certificate.class_name) if is_of_class else UNKNOWN
+        wanted = replace(
+            options, max_risk=certificate.max_risk, confidence=certificate.confidence, seed=certificate.seed
         )
-    return RiskPath(max_risk, confidence, "consistency", policy.score, tuple(points))
+        try:
+            options = replace(wanted, risk=certificate.risk, class_index=class_index)
+            return _retested(trace, base, options)
+        except (DataError, OptionError):
+            options = wanted
+    return _retested(trace, base, options)
+
+
+def _retested(trace: Trace, base: Policy, options: CertifyOptions) -> Retested:
+    certified = certify(trace, base, options)
+    return Retested(base, options, certified, alternatives(trace, certified, options))
+
+
+def risk_path(trace: Trace, test: Retested, certificate: Certificate | None) -> RiskPath:
+    """The path of a test: losses and the bound of the risk at some of its points."""
+    tested = trace.rows(test.certified.tested)
+    inverse = test.base.inverse_temperatures(trace.num_exits)
+    table = losses_from_trace(trace, test.options.risk, inverse, test.options.class_index).rows(test.certified.tested)
+    last = test.certified.positions[""]
+    end = len(test.certified.path) - 1
+    grain = float(cumulative_costs_ms(trace)[-1]) / NUM_POINTS
+    points: list[RiskPoint] = []
+    for position, exit_index in enumerate(exits_along(sureness_of(test.base, tested), test.certified.path)):
+        ms = expected_cost_ms(exit_index, tested)
+        if points and ms > points[-1].ms - grain and position not in (last, last + 1, end):
+            continue
+        losses = table.of(exit_index)
+        total = float(losses.sum())
+        bound = (
+            upper_bound(int(total), len(losses), test.options.delta)
+            if table.is_counted
+            else (betting_upper_bound(losses, test.options.delta))
+        )
+        points.append(RiskPoint(ms, mean_depth(exit_index), total, bound if position else 0.0, position <= last))
+    made = test.certified.certificate
+    return RiskPath(
+        risk=test.options.risk,
+        max_risk=test.options.max_risk,
+        confidence=test.options.confidence,
+        num_rows=int(table.counts.sum()),
+        num_learned=len(trace.labels) - len(test.certified.tested),
+        is_of_certificate=certificate is not None
+        and (made.policy_sha256, made.trace_sha256) == (certificate.policy_sha256, certificate.trace_sha256),
+        points=tuple(points),
+    )
 
 
 def certificate_finding(
@@ -79,10 +131,14 @@ def certificate_finding(
         )
     return CertificateFinding(
         "in force",
-        f"With {share(certificate.confidence, 0)} confidence, {promise}.",
+        _statement(certificate, promise),
         _evidence(certificate),
         conditions=_conditions(certificate),
         limits=_limits(certificate),
+        exits=tuple(
+            CertifiedExit(k, found.num_rows, found.losses, found.upper_bound)
+            for k, found in enumerate(certificate.exits)
+        ),
         sources=tuple(
             SourceFinding(source, _source_text(found, certificate.max_risk))
             for source, found in sorted(certificate.sources.items())
@@ -95,6 +151,16 @@ def promise_text(risk: str, max_risk: float, class_name: str) -> str:
     return _PROMISES[risk].format(
         risk=share(max_risk), points=f"{100 * max_risk:g}", value=f"{max_risk:g}", name=class_name
     )
+
+
+def _statement(certificate: Certificate, promise: str) -> str:
+    """The sentence to sign."""
+    if certificate.sources:
+        return f"For every source below, with the confidence named there, {promise}."
+    if certificate.upper_bound == 0:
+        more = f": at least {count(certificate.rows_missing)} more rows are needed" if certificate.rows_missing else ""
+        return f"Every row goes to full depth, so no answer is changed. Nothing could be shown for leaving early{more}."
+    return f"With {share(certificate.confidence, 0)} confidence, {promise}."
 
 
 def _evidence(certificate: Certificate) -> str:

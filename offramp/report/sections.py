@@ -70,10 +70,11 @@ def _frontier(found: Findings) -> Section:
         (
             point.name,
             f"{point.ms:.3f}",
-            words.times(found.full_depth.ms, point.ms),
+            words.times(found.baseline.ms, point.ms),
             share(point.accuracy, 2),
             share(point.agreement, 2),
             number(point.mean_depth, 2),
+            point.known or "–",
         )
         for point in found.alternatives
     )
@@ -92,7 +93,18 @@ def _frontier(found: Findings) -> Section:
         "times of its "
         f"segments for one row ({where}), not a measurement end to end: for that, run offramp bench.",
         brief=Table(("", "per row", "accuracy" if found.chosen.accuracy is not None else "same answer"), brief),
-        table=Table(("alternative", "ms per row", "against full depth", "accuracy", "same answer", "mean depth"), rows),
+        table=Table(
+            (
+                "alternative",
+                "ms per row",
+                "speed",
+                "accuracy",
+                "same answer",
+                "mean depth",
+                "known about other rows",
+            ),
+            rows,
+        ),
         is_wide=True,
     )
 
@@ -137,21 +149,28 @@ def _survivors(found: Findings) -> Section:
 
 
 def _waterfall(found: Findings) -> Section:
-    rows = tuple(
-        (step.name, f"{step.ms:+.4f}" if step.kind != "level" else f"{step.ms:.4f}") for step in found.waterfall.steps
-    )
-    source = (
-        "From the segment times of the trace; what heads and hand-overs cost is inside the segments."
-        if found.waterfall.source == "trace"
-        else "From the placement."
-    )
+    waterfall = found.waterfall
+    rows = [(step.name, f"{step.ms:.4f}" if step.kind == "level" else f"{step.ms:+.4f}") for step in waterfall.steps]
+    rows += [
+        (f"exit {dropped.exit_index} dropped; with it", number(dropped.with_it_ms, 4)) for dropped in waterfall.dropped
+    ]
+    caption = f"Time per row in ms, averaged over {count(found.subject.num_rows)} rows. "
+    if waterfall.source == "trace":
+        caption += "From the segment times of the trace; what heads and hand-overs cost is inside the segments."
+    else:
+        names = ", ".join(str(dropped.exit_index) for dropped in waterfall.dropped) or "none"
+        caption = (
+            "Time per row in ms, on average over the rows that the placement was chosen on. Exits are counted "
+            "as before it; "
+            f"dropped: {names}. Full depth takes {number(waterfall.worst_case, 3)} of the uncut model's time."
+        )
     return Section(
         "waterfall",
         "What each exit saves and costs",
         words.waterfall_reading(found),
-        (figures.waterfall(found.waterfall),),
-        caption=f"Time per row in ms, averaged over {count(found.subject.num_rows)} rows. {source}",
-        table=Table(("step", "ms per row"), rows),
+        (figures.waterfall(waterfall),),
+        caption=caption,
+        table=Table(("step", "ms per row"), tuple(rows)),
         is_wide=True,
     )
 
@@ -160,60 +179,65 @@ def _risk_path(found: Findings) -> Section:
     path = found.risk_path
     rows = tuple(
         (
-            f"{point.threshold:.6f}",
             f"{point.mean_depth:.3f}",
             f"{point.ms:.3f}",
-            count(point.losses),
+            f"{point.losses:g}",
             share(point.upper_bound, 2),
             "yes" if point.certified else "no",
         )
         for point in path.points
     )
+    learned = (
+        (f"thresholds per exit, learned on {count(path.num_learned)} other rows") if path.num_learned else "thresholds"
+    )
+    origin = (
+        "This is the test behind the certificate."
+        if path.is_of_certificate
+        else "Made for this page, to show what these rows can support; not the bundle's certificate."
+    )
     return Section(
         "risk-path",
-        "How far thresholds may go",
+        "How far leaving early may go",
         words.risk_reading(path),
         (figures.risk_path(path, found.chosen),),
-        caption=f"Share of {count(found.subject.num_rows)} rows answered differently from full depth, in %: "
-        "seen (dots), and its "
-        f"exact binomial upper bound at {share(path.confidence, 0)} confidence (line). One {path.score} "
-        "threshold for all exits, "
-        f"tested from strict to loose until one fails; shaded: passed. A picture of what these rows can show, not the "
-        "certificate.",
-        table=Table(("threshold", "mean depth", "ms per row", "changed", "upper bound", "certified"), rows),
+        caption=f"On {count(path.num_rows)} rows: the risk seen (dots), and its upper bound at "
+        f"{share(path.confidence, 0)} "
+        f"confidence (line), along a sequence of {learned}. It is walked from full depth on until a test "
+        "fails; shaded: "
+        f"passed. {origin}",
+        table=Table(("mean depth", "ms per row", "losses", "upper bound", "certified"), rows),
         is_wide=True,
     )
 
 
 def _reliability(found: Findings) -> Section:
-    if not found.subject.num_labelled:
+    known = [(k, point, point.quality) for k, point in enumerate(found.exits) if point.quality]
+    if not known:
         return _needs_labels(found, "reliability", "Can the confidence be believed?", "reliability diagrams")
     rows = tuple(
         (
             _exit(found, k),
             f"{point.temperature:.2f}",
             number(point.ece_unscaled),
-            number(point.ece),
-            number(point.auroc),
+            number(quality.ece),
+            number(quality.adaptive_ece),
+            number(quality.brier),
+            number(quality.nll),
+            number(quality.failure_auroc),
         )
-        for k, point in enumerate(found.exits)
+        for k, point, quality in known
     )
-    drawings = tuple(figures.reliability(point, _exit(found, k)) for k, point in enumerate(found.exits))
-    captions = tuple(
-        f"{_exit(found, k).capitalize()} · calibration error {100 * (point.ece or 0):.1f} points"
-        for k, point in enumerate(found.exits)
-    )
+    columns = ("exit", "temperature", "ECE unscaled", "ECE", "adaptive ECE", "Brier", "NLL", "AUROC of failure")
     return Section(
         "reliability",
         "Can the confidence be believed?",
         words.reliability_reading(found.exits),
-        drawings,
-        captions,
+        tuple(figures.reliability(k, quality, _exit(found, k)) for k, _, quality in known),
+        tuple(f"{_exit(found, k).capitalize()} · off by {100 * quality.ece:.1f} points" for k, _, quality in known),
         caption=f"{count(found.subject.num_labelled)} labelled rows in 15 bins of confidence, at the policy's "
-        "temperatures; a dot's area "
-        "is its share of the rows. Orange: further from the diagonal than two standard errors. A diagnostic, "
-        "not a promise.",
-        table=Table(("exit", "temperature", "ECE unscaled", "ECE", "AUROC of failure"), rows),
+        "temperatures; a dot's area is its share of the rows. Orange: further from the diagonal than two standard "
+        "errors. A diagnostic, not a promise.",
+        table=Table(columns, rows),
         is_wide=True,
     )
 
@@ -262,12 +286,13 @@ def _overthinking(found: Findings) -> Section:
     return Section(
         "overthinking",
         "Overthinking",
-        words.overthinking_reading(over),
+        words.overthinking_reading(found),
         (figures.overthinking(found.exits),) if len(found.exits) > 1 else (),
-        caption=f"Of {count(over.num_rows)} labelled rows, those that an exit gets wrong and the final exit "
-        "right (teal), and those "
-        f"the other way round (orange). {share(over.wasted / over.num_rows)} are right at the first exit and "
-        "at the end.",
+        caption=f"Of {count(found.subject.num_labelled)} labelled rows, those that an exit gets wrong and the "
+        "final exit "
+        "right (teal), and those the other way round (orange). Stopping every row at its first right exit, "
+        "which nobody "
+        f"can, would get {share(over.oracle_accuracy)} right with {over.oracle_depth:.2f} segments per row.",
         table=Table(("going on from", "won", "spoiled"), rows),
     )
 
@@ -304,11 +329,11 @@ def example_lists(found: Findings) -> tuple[tuple[str, str, Sequence[Example]], 
 
 def tiles(found: Findings) -> tuple[tuple[str, str, str], ...]:
     """Value, name and a remark: the figures to remember."""
-    chosen, full = found.chosen, found.full_depth
-    depth = f"of {len(found.exits)} segments"
+    chosen, full, base = found.chosen, found.full_depth, found.baseline
+    against = "the uncut model" if base.kind == "uncut" else "full depth"
     result = [
-        (words.times(full.ms, chosen.ms), "as fast", f"{ms(chosen.ms)} instead of {ms(full.ms)} per row"),
-        (number(chosen.mean_depth, 2), "mean depth", depth),
+        (words.times(base.ms, chosen.ms), f"as fast as {against}", f"{ms(chosen.ms)} for {ms(base.ms)} per row"),
+        (number(chosen.mean_depth, 2), "mean depth", f"of {len(found.exits)} segments"),
         (share(chosen.agreement), "same answer", "as full depth gives"),
     ]
     if chosen.accuracy is not None:

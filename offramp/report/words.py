@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from offramp.binomial import rows_needed
 from offramp.policy import Policy
-from offramp.report.findings import Alternative, Confusion, ExitFinding, Findings, Overthinking, RetentionBin, RiskPath
+from offramp.report.findings import Confusion, ExitFinding, Findings, RetentionBin, RiskPath
 
 
 def share(value: float | None, decimals: int = 1) -> str:
@@ -65,21 +66,24 @@ def headline(found: Findings) -> str:
     quality = f"{share(chosen.agreement)} of the answers are those of the whole model"
     if chosen.accuracy is not None and full.accuracy is not None:
         quality += f", and accuracy is {share(chosen.accuracy)} instead of {share(full.accuracy)}"
-    return f"An answer takes {ms(chosen.ms)} on average instead of {ms(full.ms)}; {quality}."
+    return (
+        f"An answer takes {ms(chosen.ms)} on average instead of the {ms(found.baseline.ms)} "
+        f"{_of_what(found)}; {quality}."
+    )
+
+
+def _of_what(found: Findings) -> str:
+    return "of the uncut model" if found.baseline.kind == "uncut" else "of full depth"
 
 
 def frontier_reading(found: Findings) -> str:
     chosen, full = found.chosen, found.full_depth
-    lost = (full.accuracy or 0) - (chosen.accuracy or 0)
-    if chosen.accuracy is None:
-        return (
-            f"The policy is {times(full.ms, chosen.ms)} as fast as full depth and gives the same answer to "
-            f"{share(chosen.agreement)} of the rows."
-        )
-    change = (
-        f"costs {100 * lost:.1f} points of accuracy" if lost > 0 else f"costs no accuracy ({-100 * lost:+.1f} points)"
-    )
-    return f"Against full depth, the policy is {times(full.ms, chosen.ms)} as fast and {change} on these rows."
+    against = f"{times(found.baseline.ms, chosen.ms)} the speed {_of_what(found)}"
+    if chosen.accuracy is None or full.accuracy is None:
+        return f"The policy has {against} and gives the answer of full depth to {share(chosen.agreement)} of the rows."
+    lost = full.accuracy - chosen.accuracy
+    change = "costs no accuracy" if lost <= 0 else f"costs {100 * lost:.1f} points of accuracy"
+    return f"The policy has {against} and {change} on these rows."
 
 
 def leaving_reading(exits: tuple[ExitFinding, ...]) -> str:
@@ -105,33 +109,49 @@ def waterfall_reading(found: Findings) -> str:
     if not savings:
         return "No exit saves anything under this policy."
     best = min(savings, key=lambda step: step.ms)
-    levels = [step.ms for step in found.waterfall.steps if step.kind == "level"]
-    part = best.ms / (levels[-1] - levels[0]) if levels[-1] != levels[0] else 0.0
+    if found.waterfall.source == "placement":
+        costs = sum(step.ms for step in found.waterfall.steps if step.kind == "cost")
+        saved = -sum(step.ms for step in savings)
+        return f"The exits kept save {ms(saved)} per row and cost {ms(costs)}; {best.name} most, {ms(-best.ms)}."
+    part = best.ms / sum(step.ms for step in savings)
     return f"{best.name.capitalize()} saves the most: {ms(-best.ms)} per row, {share(part, 0)} of all that is saved."
 
 
 def reliability_reading(exits: tuple[ExitFinding, ...]) -> str:
-    known = [found for found in exits if found.ece is not None]
-    worst = max(known, key=lambda found: found.ece or 0)
+    errors = {found.exit_index: found.quality.ece for found in exits if found.quality}
+    worst = max(errors, key=lambda k: errors[k])
     return (
-        f"Dots on the diagonal mean a confidence that can be believed; furthest off is {exit_name(worst, exits)}, by "
-        f"{100 * (worst.ece or 0):.1f} points on average."
+        "Dots on the diagonal mean a confidence that can be believed; furthest off is "
+        f"{exit_name(exits[worst], exits)}, "
+        f"by {100 * errors[worst]:.1f} points on average."
     )
 
 
 def risk_reading(path: RiskPath) -> str:
-    passed = [point for point in path.points if point.certified]
-    if not passed:
+    needed = rows_needed(path.max_risk, 1 - path.confidence)
+    if path.num_rows < needed:
         return (
-            f"No threshold passes a bound of {share(path.max_risk)}: the first one already has too few "
-            "rows, or too many losses."
+            f"Nothing can be shown yet: {count(path.num_rows)} rows are fewer than the {count(needed)} needed at least."
         )
-    last, first = passed[-1], path.points[0]
+    last = [point for point in path.points if point.certified][-1]
+    if last.mean_depth == path.points[0].mean_depth:
+        return f"Not even the first step away from full depth stays within {share(path.max_risk)} for sure."
+    verb = "was" if path.is_of_certificate else "would be"
     return (
-        f"One threshold for all exits would be certified down to {last.threshold:.4f}: {last.mean_depth:.2f} "
-        "segments per "
-        f"row instead of {first.mean_depth:.2f} for the strictest one."
+        f"Leaving early {verb} certified down to {last.mean_depth:.2f} of {path.points[0].mean_depth:.0f} "
+        "segments per row; "
+        f"beyond, the bound crosses the {share(path.max_risk)} that are allowed."
     )
+
+
+RISK_AXES = {
+    "consistency": "rows answered differently from full depth, %",
+    "accuracy_gap": "rows wrong where full depth is right, %",
+    "accuracy_gap_signed": "accuracy lost, points",
+    "missed_detection": "rows of the class that are missed, %",
+    "hellinger": "mean Hellinger distance × 100",
+    "brier": "mean Brier score lost × 100",
+}
 
 
 def agreement_reading(exits: tuple[ExitFinding, ...]) -> str:
@@ -159,11 +179,13 @@ def confusion_reading(confusion: Confusion) -> str:
     )
 
 
-def overthinking_reading(found: Overthinking) -> str:
+def overthinking_reading(found: Findings) -> str:
+    over = found.overthinking
+    assert over is not None
+    needed = (found.full_depth.accuracy or 0) - over.wasteful
     return (
-        f"Going on spoils {share(found.destroyed / found.num_rows)} of the rows (an earlier exit was right, "
-        "the end is not) "
-        f"and saves {share(found.needed / found.num_rows)} that only the final exit gets right."
+        f"Going on spoils {share(over.destructive)} of the rows (an earlier exit was right, the end is not) "
+        f"and saves {share(max(needed, 0))} that only the final exit gets right."
     )
 
 
@@ -177,15 +199,3 @@ def retention_reading(bins: tuple[RetentionBin, ...]) -> str:
 
 def exit_name(found: ExitFinding, exits: tuple[ExitFinding, ...]) -> str:
     return "the final exit" if found.exit_index == len(exits) - 1 else f"exit {found.exit_index}"
-
-
-def best_alternative(found: Findings) -> Alternative | None:
-    """The fastest point of the sweep that is at least as accurate as the policy; None when there is none."""
-    chosen = found.chosen
-    rivals = [
-        point
-        for point in found.alternatives
-        if point.kind == "sweep"
-        and (point.accuracy or point.agreement or 0) >= (chosen.accuracy or chosen.agreement or 0)
-    ]
-    return min(rivals, key=lambda point: point.ms, default=None)

@@ -16,7 +16,7 @@ from offramp.bundle import InputSpec
 from offramp.policy import FINAL, joined, score_values
 from offramp.runtime.answer import Answer
 from offramp.runtime.engine import Engine, SegmentOutput
-from offramp.runtime.monitor_watch import held
+from offramp.runtime.monitor_watch import held, note_retention
 from offramp.runtime.runner import Part, Result, result_from_parts
 from offramp.runtime.waiting import Group, Lane
 
@@ -37,6 +37,8 @@ class Leaving:
 
     def add_parts(self) -> None:
         """Give requests of several rows what was said about those that are here."""
+        if self.owners[0].monitor is not None:
+            note_retention([owner.watch for owner in self.owners], self.out)
         first = 0
         for owner, run in groupby(self.owners) if any([owner.num_rows > 1 for owner in self.owners]) else ():
             end = first + len(list(run))

@@ -17,11 +17,13 @@ class SegmentOutput(NamedTuple):
     prediction: NDArray[np.int64]  # (S,)
     scores: NDArray[np.float32]  # (S, 3): max probability, margin, normalised entropy, all in [0, 1]
     learned: NDArray[np.float32] | None = None  # (S,) in [0, 1]: the model's own confidence, where it has one
+    retention: NDArray[np.float32] | None = None  # (S,) in (0, 1]: share of tokens left, where it drops some
 
     def rows(self, keep: NDArray[Any] | slice) -> SegmentOutput:
         """What was said about the rows `keep`, positions, a mask or a slice; without the carry."""
         learned = None if self.learned is None else self.learned[keep]
-        return SegmentOutput(None, self.logits[keep], self.prediction[keep], self.scores[keep], learned)
+        retention = None if self.retention is None else self.retention[keep]
+        return SegmentOutput(None, self.logits[keep], self.prediction[keep], self.scores[keep], learned, retention)
 
 
 class Engine(Protocol):

@@ -15,6 +15,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from offramp.bundle import (
+    LEARNED,
+    RETENTION,
+    ROW_OUTPUTS,
     ROWS,
     SCORES,
     DimensionSpec,
@@ -51,15 +54,15 @@ class FakeEngine:
 
     keeps_carries = True
 
-    def __init__(self, answer: Answer, learned: Answer | None = None) -> None:
-        """`learned` gives the learned confidences (S,) of the rows, for an exit that has them."""
+    def __init__(self, answer: Answer, learned: Answer | None = None, retention: Answer | None = None) -> None:
+        """`learned` and `retention` give those numbers (S,) of the rows, for an exit that has them."""
         self._answer = answer
-        self._learned = learned
+        self._row_outputs = {LEARNED: learned, RETENTION: retention}
         self.calls: list[FakeCall] = []
         self.is_closed = False
 
     def run(self, carry: Any, rows: NDArray[np.int64], inverse_temperature: np.float32) -> SegmentOutput:
-        """See Engine.run. Raises OptionError unless `answer` gives finite logits (S, C), C >= 2 (`learned`: [0, 1])."""
+        """See Engine.run. Raises OptionError unless `answer` gives finite logits (S, C), C >= 2, the others [0, 1]."""
         if self.is_closed:
             raise BackendError("running a fake segment: the engine is closed; make another")
         self.calls.append(FakeCall(rows, float(inverse_temperature)))
@@ -72,18 +75,19 @@ class FakeEngine:
                 f"logits ({len(rows)}, classes), at least 2 classes"
             )
         scores = scores_from_logits(logits, inverse_temperature)
-        return SegmentOutput(inputs, logits, logits.argmax(axis=1), scores, self._confidence(inputs, len(rows)))
+        others = [self._row_output(name, inputs, len(rows)) for name in ROW_OUTPUTS]
+        return SegmentOutput(inputs, logits, logits.argmax(axis=1), scores, *others)
 
-    def _confidence(self, inputs: dict[str, NDArray[Any]], num_rows: int) -> NDArray[np.float32] | None:
-        if self._learned is None:
+    def _row_output(self, name: str, inputs: dict[str, NDArray[Any]], num_rows: int) -> NDArray[np.float32] | None:
+        told = self._row_outputs[name]
+        if told is None:
             return None
-        learned = np.asarray(self._learned(inputs), np.float32)
-        if learned.shape != (num_rows,) or not ((learned >= 0) & (learned <= 1)).all():
+        values = np.asarray(told(inputs), np.float32)
+        if values.shape != (num_rows,) or not ((values >= 0) & (values <= 1)).all():
             raise OptionError(
-                f"fake engine: its learned confidences of {num_rows} rows have shape {learned.shape}, expected "
-                f"({num_rows},) in [0, 1]"
+                f"fake engine: its {name} of {num_rows} rows has shape {values.shape}, expected ({num_rows},) in [0, 1]"
             )
-        return learned
+        return values
 
     def trimmed(self, carry: Any, dimension: str, size: int) -> Any:
         """See Engine.trimmed: what a fake segment carries is as wide as ever."""
@@ -104,34 +108,43 @@ def fake_runner(
     inputs: tuple[InputSpec, ...] = (X,),
     num_classes: int = 2,
     learned: Sequence[float | Answer | None] = (),
+    retention: Sequence[float | Answer | None] = (),
 ) -> Runner:
     """A runner over one FakeEngine per answer.
 
     An answer is a function from the inputs of the rows that are still here to logits, or a number: then
-    every row is said to be of class 0 with that probability. `learned` has, per exit, its learned confidences in the
-    same two ways, or None for an exit without; exits beyond its end have none.
+    every row is said to be of class 0 with that probability. `learned` and `retention` have, per exit, its learned
+    confidences and shares of tokens in the same two ways, or None for an exit without; exits beyond the end have none.
     """
-    name, confidences = inputs[0].name, [*learned, *[None] * (len(answers) - len(learned))]
+    name = inputs[0].name
+    others = [[*told, *[None] * (len(answers) - len(told))] for told in (learned, retention)]
     engines = [
         FakeEngine(
             answer if callable(answer) else _always(logits_from_max_prob([answer], num_classes), name),
-            confidence if callable(confidence) or confidence is None else _always([confidence], name),
+            *(value if callable(value) or value is None else _always([value], name) for value in told),
         )
-        for answer, confidence in zip(answers, confidences, strict=True)
+        for answer, *told in zip(answers, *others, strict=True)
     ]
-    has_learned = [confidence is not None for confidence in confidences]
-    return Runner(engines, fake_manifest(len(answers), num_classes, inputs, has_learned), policy)
+    has = [[value is not None for value in told] for told in others]
+    return Runner(engines, fake_manifest(len(answers), num_classes, inputs, *has), policy)
 
 
 def fake_manifest(
-    num_segments: int, num_classes: int, inputs: tuple[InputSpec, ...], has_learned: Sequence[bool] = ()
+    num_segments: int,
+    num_classes: int,
+    inputs: tuple[InputSpec, ...],
+    has_learned: Sequence[bool] = (),
+    has_retention: Sequence[bool] = (),
 ) -> Manifest:
-    """A manifest without files, for fake engines; `has_learned` tells the exits with a learned confidence."""
+    """A manifest without files, for fake engines; the last two tell the exits that have these."""
     segments = tuple(
         SegmentSpec(k, () if k else tuple(spec.name for spec in inputs), (), (), {}) for k in range(num_segments)
     )
-    learned = [f"learned_{k}" if k < len(has_learned) and has_learned[k] else "" for k in range(num_segments)]
-    exits = tuple(ExitSpec(f"exit_{k}", num_classes, learned[k]) for k in range(num_segments))
+    others = [
+        [f"{name}_{k}" if k < len(has) and has[k] else "" for k in range(num_segments)]
+        for name, has in ((LEARNED, has_learned), (RETENTION, has_retention))
+    ]
+    exits = tuple(ExitSpec(f"exit_{k}", num_classes, *told) for k, told in enumerate(zip(*others, strict=True)))
     dimensions = {ROWS: DimensionSpec(1, MAX_ROWS)}
     return Manifest("fake", inputs, dimensions, exits, segments, PolicyRecord(""), "")
 

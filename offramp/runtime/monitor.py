@@ -252,10 +252,10 @@ class Monitor:
     # Without it
 
     def _tell(self) -> None:
-        with self._lock:
+        with self._lock:  # so that nobody tells of a later change first
             changes = self._changes[:]
             self._changes.clear()
-        self._sink.put(changes)
+            self._sink.put(changes)
 
     def _failed(self, doing: str) -> None:
         _LOG.exception("the monitor failed %s", doing)

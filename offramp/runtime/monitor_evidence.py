@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import numpy as np
 
@@ -28,7 +29,8 @@ _MOST_DOUBLED = 4  # blocks grow to 16 times the rows of a test without losses, 
 _MAX_LOG = 230.0  # exp of it is about _MOST
 
 
-def share_intervals(exit_counts: Sequence[int], tolerance: float) -> list[tuple[float, float]]:
+@lru_cache(maxsize=256)  # tests begin anew under locks, nearly always with the baseline they had
+def share_intervals(exit_counts: tuple[int, ...], tolerance: float) -> list[tuple[float, float]]:
     """Where the share of every exit may lie: Clopper-Pearson at INTERVAL_LEVEL / E, widened by `tolerance`.
 
     The intervals absorb what the baseline does not know, which would be an alarm in the end without them.
@@ -49,7 +51,7 @@ class ExitMix:
     def __init__(self, exit_counts: Sequence[int], tolerance: float) -> None:
         """`exit_counts` (E,), not all 0; `tolerance` >= MIN_TOLERANCE."""
         bets = []
-        for exit_index, (low, high) in enumerate(share_intervals(exit_counts, tolerance)):
+        for exit_index, (low, high) in enumerate(share_intervals(tuple(exit_counts), tolerance)):
             is_here = np.arange(len(exit_counts)) == exit_index  # (E,)
             bets += [1 + bet / high * (is_here - high) for bet in MIX_BETS if high < 1]  # beyond 0 and 1 nothing can be
             bets += [1 + bet / (1 - low) * (low - is_here) for bet in MIX_BETS if low > 0]

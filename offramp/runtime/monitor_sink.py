@@ -7,7 +7,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 
-from offramp.runtime.monitor_states import Change
+from offramp.runtime.monitor_states import FULL_DEPTH, RECOVERY, Change
 
 _LOG = logging.getLogger(__name__)
 _MOST_WAITING = 64  # changes; whoever is that far behind is not listening
@@ -34,7 +34,12 @@ class Sink:
             if not self._waiting or not self._idle.is_set():
                 return
             self._idle.clear()
-        threading.Thread(target=self._tell, name="offramp-monitor", daemon=True).start()
+        try:
+            threading.Thread(target=self._tell, name="offramp-monitor", daemon=True).start()
+        except RuntimeError:  # no more threads here, or the interpreter is going down; with the next change, then
+            with self._lock:
+                self.errors += 1
+            self._idle.set()
 
     def wait(self, timeout_s: float) -> bool:
         """Wait until everything was told; whether it was."""
@@ -49,7 +54,8 @@ class Sink:
                 change = self._waiting.popleft()
             try:
                 whose = f" of source {change.source!r}" if change.source else ""
-                _LOG.warning("monitor%s: %s -> %s: %s", whose, change.before, change.after, change.cause)
+                level = logging.WARNING if {change.before, change.after} & {FULL_DEPTH, RECOVERY} else logging.INFO
+                _LOG.log(level, "monitor%s: %s -> %s: %s", whose, change.before, change.after, change.cause)
                 self._on_change(change)
             except Exception:
                 _LOG.exception("a callback of the monitor failed at %s", change)

@@ -27,7 +27,7 @@ STATES = (NORMAL, SUSPECT, RECOVERY, FULL_DEPTH)  # the worse, the later
 AUDITED_RISKS = ("consistency", "missed_detection")  # those that full depth alone can tell, without labels
 
 # Evidence at which to look more closely, as shares of what an alarm takes; below half of it, enough was seen.
-# In-control streams of bench/monitor.py are suspect for about a hundredth of their rows.
+# In-control streams of bench/monitor.py are suspect for 0.03 % of their rows.
 _SUSPECT_MIX = 0.01
 _SUSPECT_RISK = 0.05
 _SUSPECT_WEALTH = 5.0
@@ -178,6 +178,7 @@ class Stream:
         self._block = (0, [0] * len(baseline.exit_counts))  # of the recertification: attempt, and where its rows left
         self._has_shifted = False
         self.baseline = baseline
+        self._rate = options.audit_rate
         self._gap = 0
         self._take(baseline)
 
@@ -253,13 +254,16 @@ class Stream:
         """Rows until the next that is audited: geometric, which is a coin for each."""
         if not self.baseline.is_audited:
             return _NEVER
-        rate = self.options.suspect_audit_rate if self.state == SUSPECT else self.options.audit_rate
+        rate = self._rate
         return 0 if rate >= 1 else int(math.log(1 - self._rng.random()) / math.log1p(-rate))
 
     def _enter(self, state: str, cause: str) -> None:
         before, self.state, self.cause = self.state, state, cause
         if state != before:
-            self._gap = self._drawn_gap()  # it has no memory, so to draw again changes no chance but the rate
+            rate = self.options.suspect_audit_rate if state == SUSPECT else self.options.audit_rate
+            if rate != self._rate:
+                self._rate = rate
+                self._gap = self._drawn_gap()  # it has no memory, so to draw again changes the rate and nothing else
             self._on_change(Change(self.name, before, state, cause, self.trips))
 
     def _test(self, exits: Sequence[int], audits: Sequence[tuple[int, bool]]) -> None:

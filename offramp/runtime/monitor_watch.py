@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from offramp.policy import Decision, ExitOutput, Policy, PolicyState, score_values
 
 if TYPE_CHECKING:
+    from offramp.runtime.engine import SegmentOutput
     from offramp.runtime.monitor import Monitor
     from offramp.runtime.monitor_states import Stream
     from offramp.runtime.runner import Result
@@ -34,7 +35,7 @@ class Watch:
     stream: Stream | None = None  # that it is evidence for
     epoch = -1  # of the stream when it began; -1: it is no evidence
     pending: deque[Watch] | None = None  # requests of the stream, in the order they came
-    audited: NDArray[np.bool_] | None = None  # (N,); None: no row
+    audited: Sequence[int] | None = None  # positions of rows, ascending; None: no row
     is_forced = False  # every row goes to full depth
     counts_vetoes = False
     vetoes = 0
@@ -51,10 +52,13 @@ class Watch:
 
     def audit(self, positions: Sequence[int], num_rows: int, num_exits: int) -> None:
         """The rows at `positions`, of `num_rows`, are audited."""
-        self.audited = np.zeros(num_rows, np.bool_)
-        self.audited[positions] = True
-        self._policy_exits = np.full(num_rows, num_exits - 1)
-        self._policy_predictions = np.zeros(num_rows, np.int64)
+        # Lists: most requests have one row, and many have few, where numpy takes ten times as long.
+        self.audited = positions
+        self._stays = [False] * num_rows
+        for position in positions:
+            self._stays[position] = True
+        self._policy_exits = [num_exits - 1] * num_rows  # where the policy lets each go
+        self._policy_predictions = [0] * num_rows
 
     @property
     def is_holding(self) -> bool:
@@ -62,37 +66,43 @@ class Watch:
         return self.counts_vetoes or self.audited is not None
 
     def hold(
-        self, exit_index: int, positions: Sequence[int] | NDArray[np.int64], out: ExitOutput, leaves: NDArray[np.bool_]
+        self, exit_index: int, positions: Sequence[int], out: ExitOutput, leaves: NDArray[np.bool_]
     ) -> NDArray[np.bool_]:
         """Who of the S rows at `positions` of the request really leaves, of those the policy lets go: (S,)."""
-        if self.audited is None:
-            self.vetoes += num_vetoed(self.policy, exit_index, out, leaves) if self.counts_vetoes else 0
-            return leaves
-        where = np.asarray(positions)
-        audited = self.audited[where]
-        is_new = self._policy_exits[where] > exit_index  # the policy has not let it go before
         if self.counts_vetoes:
-            self.vetoes += num_vetoed(self.policy, exit_index, out, leaves | ~is_new)
-        gone = leaves & audited & is_new
-        self._policy_exits[where[gone]] = exit_index
-        self._policy_predictions[where[gone]] = out.prediction[gone]
-        really: NDArray[np.bool_] = leaves & ~audited
-        return really
+            self._count_vetoes(exit_index, positions, out, leaves)
+        left = leaves.tolist()
+        if self.audited is None or True not in left:
+            return leaves
+        for row, position in enumerate(positions):
+            if left[row] and self._stays[position]:
+                left[row] = False
+                if self._policy_exits[position] > exit_index:  # the first time
+                    self._policy_exits[position] = exit_index
+                    self._policy_predictions[position] = out.prediction.item(row)
+        return np.array(left)
 
     def compare(self, result: Result, class_index: int) -> None:
         """Set the reasons of audited rows right, and note exits and losses; `class_index` -1: every row counts."""
         assert self.audited is not None, "only a request with audited rows is compared"
         exits = result.exit_index.tolist()
         audits = []
-        for position in self.audited.nonzero()[0].tolist():
-            exit_index, prediction = int(self._policy_exits[position]), int(result.prediction[position])
+        for position in self.audited:
+            exit_index, prediction = self._policy_exits[position], result.prediction.item(position)
             is_early = exit_index < exits[position]
             if is_early:
                 exits[position] = exit_index
                 result.reason[position] = FULL_DEPTH if self.is_forced else AUDIT
             if class_index < 0 or prediction == class_index:
-                audits.append((exit_index, is_early and int(self._policy_predictions[position]) != prediction))
+                audits.append((exit_index, is_early and self._policy_predictions[position] != prediction))
         self.exits, self.audits = exits, audits
+
+    def _count_vetoes(
+        self, exit_index: int, positions: Sequence[int], out: ExitOutput, leaves: NDArray[np.bool_]
+    ) -> None:
+        if self.audited is not None:  # those that the policy let go before are none
+            leaves = leaves | [self._policy_exits[position] < exit_index for position in positions]
+        self.vetoes += num_vetoed(self.policy, exit_index, out, leaves)
 
 
 class WatchedPolicy:
@@ -101,14 +111,16 @@ class WatchedPolicy:
     __slots__ = ("_live", "_watch")
 
     def __init__(self, watch: Watch, live: NDArray[np.int64]) -> None:
+        """`live` (S,): the positions of the rows in their request."""
         self._watch = watch
-        self._live = live  # (S,) positions in the request of the rows that are still here
+        self._live: list[int] = live.tolist()  # S: of the rows that are still here
 
     def decide(self, exit_index: int, out: ExitOutput, state: PolicyState | None = None) -> Decision:
         """See Policy.decide."""
         leaves, reason, state = self._watch.policy.decide(exit_index, out, state)
         leaves = self._watch.hold(exit_index, self._live, out, leaves)
-        self._live = self._live[~leaves]
+        if leaves.any():
+            self._live = [position for position, left in zip(self._live, leaves.tolist(), strict=True) if not left]
         return Decision(leaves, reason, state)
 
 
@@ -126,6 +138,15 @@ def held(
             leaves[here] = kept
         first = end
     return leaves
+
+
+def note_retention(watches: Sequence[Watch | None], out: SegmentOutput) -> None:
+    """The shares of tokens that S rows of `watches` kept, where the model prunes tokens and says so."""
+    kept = out.retention
+    if kept is not None:
+        for watch, share in zip(watches, kept.tolist(), strict=True):
+            if watch is not None:
+                watch.retention = [*watch.retention, share]
 
 
 def num_vetoed(policy: Policy, exit_index: int, out: ExitOutput, leaves: NDArray[np.bool_]) -> int:

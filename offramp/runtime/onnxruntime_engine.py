@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from offramp.bundle import (
     INVERSE_TEMPERATURE,
-    LEARNED,
+    ROW_OUTPUTS,
     ROWS,
     SCORES,
     Dimension,
@@ -60,6 +60,7 @@ class OnnxRuntimeEngine:
         self._carry_names = [tensor.name for tensor in segment.carry_in]
         self._outputs = [tensor.name for tensor in _expected_outputs(segment, exit_spec)]
         self._num_carried = len(segment.carry_out)
+        self._has_gap = list(exit_spec.row_outputs) != list(ROW_OUTPUTS[: len(exit_spec.row_outputs)])
         self._input_shapes = {spec.name: spec.shape for spec in manifest.inputs}
         self._late_in = _late_inputs(manifest, index)
         self._late_out = _late_inputs(manifest, index + 1)
@@ -89,6 +90,8 @@ class OnnxRuntimeEngine:
                 f"running segment {self._index} on {len(rows)} rows with ONNX Runtime "
                 f"{onnxruntime.__version__}: {exc}; try fewer rows at once, or `offramp verify` the bundle"
             ) from exc
+        if self._has_gap:  # retention, and no learned confidence before it
+            values.insert(-1, None)
         handed = values[: self._num_carried] + [late[name] for name in self._late_out]
         return SegmentOutput(handed, *values[self._num_carried :])
 
@@ -217,13 +220,13 @@ def _expected_inputs(got: list[Any], segment: SegmentSpec) -> tuple[TensorSpec, 
 
 def _expected_outputs(segment: SegmentSpec, exit_spec: ExitSpec) -> tuple[TensorSpec, ...]:
     """The outputs of the segment contract, in its order."""
-    outputs = (
+    return (
         *segment.carry_out,
         TensorSpec("logits", "float32", (ROWS, exit_spec.num_classes)),
         TensorSpec("prediction", "int64", (ROWS,)),
         TensorSpec("scores", "float32", (ROWS, len(SCORES))),
+        *(TensorSpec(name, "float32", (ROWS,)) for name in exit_spec.row_outputs),
     )
-    return (*outputs, TensorSpec(LEARNED, "float32", (ROWS,))) if exit_spec.learned else outputs
 
 
 def _spec_from_node(node: Any) -> TensorSpec:

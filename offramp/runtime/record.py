@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle import ROWS
+from offramp.bundle import LEARNED, RETENTION, ROWS
 from offramp.errors import DataError
 from offramp.policy import Policy
 from offramp.runtime.costs import measure_trace_costs
@@ -182,7 +182,8 @@ class _Asked:
             fingerprint=runner.manifest.fingerprint,
             backend=runner.backend,
             precision=runner.precision,
-            learned=_learned(outputs),
+            learned=_row_output(outputs, LEARNED),
+            retention=_row_output(outputs, RETENTION),
             sources=np.concatenate([chunk.sources for chunk in part]),
             lengths=np.concatenate([_lengths(runner, chunk) for chunk in part]),
             files=runner.files,
@@ -215,15 +216,16 @@ def _run_all_exits(
     return outputs
 
 
-def _learned(outputs: list[list[SegmentOutput]]) -> NDArray[np.float32]:
-    """(N, E), NaN for exits without a learned confidence; no columns when none has one."""
-    if all(out.learned is None for out in outputs[0]):
+def _row_output(outputs: list[list[SegmentOutput]], name: str) -> NDArray[np.float32]:
+    """One of ROW_OUTPUTS of every row and exit, (N, E), NaN for exits without; no columns when none has it."""
+    told = [[getattr(out, name) for out in exits] for exits in outputs]  # chunk -> exit
+    if all(values is None for values in told[0]):
         return np.empty((0, 0), np.float32)
     nothing = [np.full(len(exits[0].logits), np.nan, np.float32) for exits in outputs]
     return _stacked(
         [
-            [missing if out.learned is None else out.learned for out in exits]
-            for exits, missing in zip(outputs, nothing, strict=True)
+            [missing if values is None else values for values in exits]
+            for exits, missing in zip(told, nothing, strict=True)
         ]
     )
 

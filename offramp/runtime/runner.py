@@ -24,7 +24,7 @@ from offramp.runtime.backends import EngineOptions, open_engines
 from offramp.runtime.engine import Engine, SegmentOutput
 from offramp.runtime.inputs import checked_inputs
 from offramp.runtime.monitor import Monitor
-from offramp.runtime.monitor_watch import Watch, WatchedPolicy
+from offramp.runtime.monitor_watch import Watch, WatchedPolicy, note_retention
 from offramp.runtime.record import RecordOptions, Rows, record_trace
 from offramp.runtime.tensorrt.options import TensorRtOptions
 from offramp.runtime.text import TextEncoder
@@ -131,20 +131,14 @@ class Runner:
         _check_policy(chosen, manifest)
         tokenizer = read_file(path, manifest.text.tokenizer) if manifest.text else b""
         opened = open_engines(path, manifest, EngineOptions(backend, precision, threads, tensorrt))
-        runner = cls(
-            opened.engines,
-            opened.manifest,
-            chosen,
-            backend=opened.backend,
-            precision=opened.precision,
-            monitor=monitor,
-        )
+        runner = cls(opened.engines, opened.manifest, chosen, backend=opened.backend, precision=opened.precision)
         runner.files = opened.files
         if manifest.text:
             runner._text = TextEncoder(tokenizer, manifest.text, opened.manifest)
         try:
             runner._certify(path, require_certificate, is_own_policy=policy is None)
-        except CertificateError:
+            runner.monitor = monitor
+        except (CertificateError, OptionError):
             runner.close()
             raise
         return runner
@@ -295,6 +289,9 @@ class Runner:
                 chunk = {name: array[start : start + len(live)] for name, array in arrays.items()}
             rule = policy if watch is None or not watch.is_holding else WatchedPolicy(watch, live)
             self._run_chunk(chunk, live, rule, setting.inverse_temperatures, parts)
+        if watch is not None:
+            for part in parts:
+                note_retention([watch] * len(part.positions), part.out)
         return result_from_parts(parts, num_rows, self.manifest.exits[0].num_classes, policy.score)
 
     def _run_chunk(
@@ -341,6 +338,8 @@ def _check_policy(policy: Policy, manifest: Manifest) -> None:
     """Raise OptionError when `policy` is for another model."""
     policy.check_exits(len(manifest.exits))
     policy.check_learned([bool(spec.learned) for spec in manifest.exits])
+    if manifest.exits[0].num_classes == 1:
+        policy.check_values()
 
 
 class Part(NamedTuple):

@@ -1,4 +1,7 @@
-"""Calibration: from a trace to a policy, with a report of what was chosen and what it does on that trace."""
+"""Calibration without a certificate: from a trace to a policy, with a report of what it does on that trace.
+
+For those who name the drop or the speedup they want and take the risk; `certify` is the way that shows what it is.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.bundle import SCORES
-from offramp.errors import OptionError
+from offramp.errors import DataError, OptionError
 from offramp.policy import POLICY_SCORES, Policy
 from offramp.trace import UNKNOWN, Trace
 from offramp.tuning.replay import (
@@ -72,13 +75,12 @@ class ExitReport:
 
 @dataclass(frozen=True)
 class CalibrationReport:
-    """What the policy does on the rows it was chosen on; expect a larger drop on others.
+    """What a policy does on some rows; on rows that chose it without a test, expect a larger drop on others.
 
     `drop` is against full depth, in the sense of the reference. Its standard error is that of independent
     rows and leaves the choice out of account; it is 0 where nothing changed.
     """
 
-    options: CalibrateOptions
     fingerprint: str
     backend: str
     precision: str
@@ -111,17 +113,25 @@ def calibrate(trace: Trace, options: CalibrateOptions) -> Calibration:
 
     Raises DataError when the trace has no rows that count, or costs or scores that make no sense.
     """
-    counted, right = right_rows(trace, options.reference)
-    temperatures = _temperatures(trace, options)
+    right_rows(trace, options.reference)  # raises before anything is fitted
+    is_unlabelled = options.reference == "full_depth"
+    temperatures = (
+        tuple(trace.temperatures.tolist()) if is_unlabelled else scaled_temperatures(trace, options.ece_limit)
+    )
     if options.target_speedup > 1:
         policy = thresholds_for_speedup(trace, options.score, options.target_speedup, temperatures)
     else:
         policy = fastest_thresholds(trace, options.score, options.max_drop, temperatures, options.reference)
+    return Calibration(policy, report_on(trace, policy, options.reference))
+
+
+def report_on(trace: Trace, policy: Policy, reference: Reference) -> CalibrationReport:
+    """What `policy` does on `trace`. Raises DataError as `calibrate` does."""
+    counted, right = right_rows(trace, reference)
     decided = replay(policy, trace)
     losses = right[counted, -1].astype(np.int64) - right[counted, decided.exit_index[counted]]  # (L,) in {-1, 0, 1}
     expected_ms = expected_cost_ms(decided.exit_index, trace)
-    report = CalibrationReport(
-        options=options,
+    return CalibrationReport(
         fingerprint=trace.fingerprint,
         backend=trace.backend,
         precision=trace.precision,
@@ -136,19 +146,19 @@ def calibrate(trace: Trace, options: CalibrateOptions) -> Calibration:
         expected_ms=expected_ms,
         expected_speedup=float(cumulative_costs_ms(trace)[-1] / expected_ms),
     )
-    return Calibration(policy, report)
 
 
-def _temperatures(trace: Trace, options: CalibrateOptions) -> tuple[float, ...]:
-    """The temperature of every exit, the final one included."""
-    if options.reference == "full_depth":
-        return tuple(trace.temperatures.tolist())
+def scaled_temperatures(trace: Trace, ece_limit: float = ECE_LIMIT) -> tuple[float, ...]:
+    """The temperature of every exit, the final one included, fitted where its calibration error is above the limit.
+
+    Raises DataError when no row has a label.
+    """
     temperatures = []
     for k in range(trace.num_exits):
         error = _calibration_error(trace, k, 1.0)
-        assert error is not None, "reference 'label' has labelled rows"
-        logits = trace.logits[:, k]
-        temperatures.append(temperature_if_needed(logits, trace.labels, error, options.ece_limit))
+        if error is None:
+            raise DataError(f"temperatures: got {len(trace.labels)} rows, none with a label; record labelled data")
+        temperatures.append(temperature_if_needed(trace.logits[:, k], trace.labels, error, ece_limit))
     return tuple(temperatures)
 
 

@@ -10,167 +10,31 @@ saves its cost and nothing else. So full depth costs the sum of the segments les
 E - 1 measured numbers price all 2^(E - 1) bundles.
 
 The risk is empirical: thresholds that are chosen on rows do better on them than on others. So no more losses are spent
-than a certificate on as many rows would allow (`Options.max_lost`). A certificate it is not: the bundle that a
+than a certificate on as many rows would allow (`PlacementOptions.max_lost`). A certificate it is not: the bundle that a
 placement makes has engines of its own, and `offramp calibrate` certifies those.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.binomial import allowed_losses, rows_needed
 from offramp.errors import DataError, OptionError
-from offramp.policy import POLICY_SCORES, Policy
+from offramp.policy import Policy
 from offramp.trace import UNKNOWN, Trace
 from offramp.tuning import placement_search
+from offramp.tuning.placement_data import Alternative, Costs, PlacedExit, Placement, PlacementOptions, Risk
 from offramp.tuning.placement_search import Choice, Found, Instance, Role
 from offramp.tuning.replay import replay
 from offramp.tuning.thresholds import levels_from_scores, limit_from_quota, score_columns
 
-Risk = Literal["consistency", "accuracy_gap"]
-
-CERTIFIED_SHARE = 2 / 3  # of the rows are tested by `offramp calibrate`; on the rest it learns what to test
 MAX_EXITS = 16  # before the final one; more would take 2^16 subsets and too coarse a grid
 _TICKS = 2**30  # a full pass: sums over 2^23 rows are exact in int64, so that ties are ties
 _SUBSET_CELLS = 2**16  # of the products for one subset of the table of alternatives
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What one row pays, all measured side by side. Raises DataError for numbers that make no sense."""
-
-    segments_ms: tuple[float, ...]  # E: for a row that goes on, the decision included
-    exits_ms: tuple[float, ...]  # E - 1: saved per row that passes when the exit is dropped
-    uncut_ms: float  # the uncut model with the same settings
-
-    def __post_init__(self) -> None:
-        numbers = (*self.segments_ms, *self.exits_ms, self.uncut_ms)
-        fits = len(self.exits_ms) == len(self.segments_ms) - 1 and all(map(math.isfinite, numbers))
-        if not (fits and min(self.segments_ms) > 0 and min(self.exits_ms, default=0) >= 0 and self.uncut_ms > 0):
-            raise DataError(
-                f"placement: got segments of {self.segments_ms} ms, exits of {self.exits_ms} ms and {self.uncut_ms} ms "
-                f"uncut; expected a time per segment, one per exit before the final one, and the uncut model's"
-            )
-
-    def path_ms(self, kept: Iterable[int]) -> NDArray[np.float64]:
-        """What a row pays that leaves at exit k, (E,), with the early exits `kept`."""
-        saved = np.array([0.0, *(0.0 if k in set(kept) else cost for k, cost in enumerate(self.exits_ms))])
-        return np.cumsum(np.asarray(self.segments_ms) - saved)
-
-    def worst_case(self, kept: Iterable[int]) -> float:
-        """Full depth with the early exits `kept` ÷ the uncut model."""
-        return float(self.path_ms(kept)[-1]) / self.uncut_ms
-
-
-@dataclass(frozen=True)
-class PlacementOptions:
-    """What to optimise under. Raises OptionError for values that make no sense."""
-
-    score: str = "max_prob"
-    risk: Risk = "consistency"
-    max_risk: float = 0.01
-    confidence: float = 0.95
-    max_worst_case: float = 1.05  # full depth ÷ uncut; math.inf for no bound
-    is_chosen: bool = True  # by the search; else the exits are those in `keep`
-    keep: tuple[int, ...] = ()
-
-    def __post_init__(self) -> None:
-        if self.score not in POLICY_SCORES:
-            raise OptionError(f"place: got score {self.score!r}, expected one of {', '.join(POLICY_SCORES)}")
-        if self.risk not in get_args(Risk):
-            raise OptionError(f"place: got risk {self.risk!r}, expected one of {', '.join(get_args(Risk))}")
-        if not (0 < self.max_risk < 1 and 0 < self.confidence < 1):
-            raise OptionError(
-                f"place: got a risk of {self.max_risk} with confidence {self.confidence}, expected numbers between 0 "
-                f"and 1, such as 0.01 and 0.95"
-            )
-        if not self.max_worst_case > 0:
-            raise OptionError(f"place: got a worst case of {self.max_worst_case}, expected a factor such as 1.05")
-
-    def max_lost(self, num_rows: int) -> int:
-        """Of `num_rows` rows that count, those that may be lost: the share that a certificate on them could have.
-
-        The certificate tests two thirds of them, so that is where the share comes from. Raises DataError when not even
-        a policy without a loss could be certified.
-        """
-        num_tested = int(num_rows * CERTIFIED_SHARE)
-        allowed = allowed_losses(num_tested, self.max_risk, 1 - self.confidence)
-        if allowed < 0:
-            least = math.ceil(rows_needed(self.max_risk, 1 - self.confidence) / CERTIFIED_SHARE)
-            raise DataError(
-                f"place: got {num_rows} rows that count, and a risk of {self.max_risk} at confidence {self.confidence} "
-                f"takes {least}: not even a policy without a loss could be certified; pass more data, or another risk"
-            )
-        return allowed * num_rows // num_tested
-
-
-@dataclass(frozen=True)
-class PlacedExit:
-    """One early exit of the old bundle: what it does for a row on average, and what that costs.
-
-    A kept exit is seen as added to those before it, so that the end of the uncut chain, less all `saves_ms`, plus all
-    `costs_ms`, is what the placement expects. A dropped one is seen as added to the placement, thresholds chosen anew.
-    """
-
-    exit_index: int
-    is_kept: bool
-    threshold: float | None
-    reached: float  # share of the rows that get here
-    share: float  # of the rows, that leave here
-    exit_ms: float  # what passing it costs a row
-    saves_ms: float
-    costs_ms: float
-    toggled_ms: float | None  # expected when this exit alone is dropped, or added; None: no such choice was found
-
-
-@dataclass(frozen=True)
-class Alternative:
-    """The best choice with so many early exits."""
-
-    num_kept: int
-    kept: tuple[int, ...]
-    thresholds: tuple[float | None, ...]  # of the kept ones
-    expected_ms: float
-    worst_case: float  # full depth ÷ uncut
-    lost: int
-    is_allowed: bool  # within the bound on the worst case
-
-
-@dataclass(frozen=True)
-class Placement:
-    """A choice of exits and thresholds, and how it came about. `policy` is for the bundle with the kept exits only."""
-
-    kept: tuple[int, ...]  # of the old bundle, the final exit included
-    policy: Policy
-    options: PlacementOptions
-    costs: Costs
-    num_rows: int
-    max_lost: int
-    lost: int
-    expected_ms: float
-    no_exits_ms: float  # of one segment with the final exit only
-    all_exits_ms: (
-        float  # expected with all exits that may be kept, their thresholds chosen as well; whatever its worst case
-    )
-    worst_case: float
-    is_complete: bool  # optimal over all thresholds of all subsets; else over the products described in the search
-    combinations: int
-    exits: tuple[PlacedExit, ...]
-    alternatives: tuple[Alternative, ...]
-
-    def document(self) -> dict[str, Any]:
-        """Everything as one object that `json.dumps` takes; no bound is null."""
-        bound = self.options.max_worst_case
-        options = dataclasses.asdict(self.options) | {"max_worst_case": bound if math.isfinite(bound) else None}
-        return {**dataclasses.asdict(self), "options": options, "policy": json.loads(self.policy.to_json())}
 
 
 def place(trace: Trace, costs: Costs, options: PlacementOptions, temperatures: Sequence[float] = ()) -> Placement:
@@ -200,6 +64,7 @@ class _Problem:
     temperatures: tuple[float, ...]  # E, or none for 1
     edges: tuple[NDArray[np.float64], ...]  # per early exit
     instance: Instance
+    num_counted: int  # rows that can be lost
     allowed: NDArray[np.bool_]  # (2^m,): subsets within the bound on the worst case
 
     @classmethod
@@ -233,6 +98,7 @@ class _Problem:
             temperatures,
             tuple(edges for _, edges in grouped),
             instance,
+            counted,
             _allowed(costs, options, roles),
         )
 
@@ -366,6 +232,7 @@ def _improve(problem: _Problem, choices: placement_search.Choices, kept: int, is
 
 def _placement(problem: _Problem, found: Found, choices: placement_search.Choices, best: Choice) -> Placement:
     options, costs = problem.options, problem.costs
+    held_out_ms, held_out_risk = _held_out(problem)
     return Placement(
         kept=(*exits_of(best.kept), problem.num_early),
         policy=problem.policy(best),
@@ -378,11 +245,35 @@ def _placement(problem: _Problem, found: Found, choices: placement_search.Choice
         no_exits_ms=float(costs.path_ms(())[-1]),
         all_exits_ms=problem.expected_ms(choices[problem.everything]),
         worst_case=costs.worst_case(exits_of(best.kept)),
+        held_out_ms=held_out_ms,
+        held_out_risk=held_out_risk,
         is_complete=found.is_complete,
         combinations=found.combinations,
         exits=_waterfall(problem, choices, best),
         alternatives=tuple(_alternative(problem, choices[kept]) for kept in _best_by_size(choices)),
     )
+
+
+def _held_out(problem: _Problem) -> tuple[float, float]:
+    """What a choice does on rows that it was not chosen on: expected milliseconds, and the share of them lost.
+
+    Every second row chooses for the others, and the other way round; half as many rows, half as many losses.
+    """
+    whole, everybody = problem.instance, np.arange(len(problem.instance.levels))
+    lost = np.pad(whole.lost, ((0, 0), (0, 1)))
+    total_ms, num_lost = 0.0, 0
+    for others in (0, 1):
+        chosen_on = everybody[everybody % 2 != others]
+        share = whole.max_lost * len(chosen_on) // len(everybody)
+        half = dataclasses.replace(whole, levels=whole.levels[chosen_on], lost=whole.lost[chosen_on], max_lost=share)
+        found = placement_search.search(half, problem.allowed, placement_search.FINE_CELLS, _SUBSET_CELLS)
+        best = placement_search.best_of(found.choices, problem.allowed)
+        kept = exits_of(best.kept)
+        judged = everybody[others::2]
+        left_at = problem.exit_index(kept, best.quotas)[judged]
+        total_ms += float(problem.costs.path_ms(kept)[left_at].sum())
+        num_lost += int(lost[judged, left_at].sum())
+    return total_ms / len(everybody), num_lost / problem.num_counted
 
 
 def _alternative(problem: _Problem, choice: Choice) -> Alternative:

@@ -34,7 +34,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -67,12 +67,12 @@ class Instance:
 
 @dataclass(frozen=True, order=True)
 class Choice:
-    """The best one first: least cost, then fewest losses, then the smallest quotas."""
+    """The best one first: least cost, then fewest losses, the smallest quotas, and no exit kept that is closed."""
 
     cost: int
     lost: int
     quotas: tuple[int, ...]  # m; 0 where the exit is dropped
-    kept: int = field(compare=False)  # bit k: exit k is kept
+    kept: int  # bit k: exit k is kept
 
 
 Choices = dict[int, Choice]  # the best one of every subset, by `Choice.kept`

@@ -27,7 +27,7 @@ class Replay:
     reason: NDArray[np.str_]  # (N,)
 
 
-class _Recorded(NamedTuple):
+class Recorded(NamedTuple):
     """What a trace says about S rows at one exit, as a policy wants it: see policy.ExitOutput."""
 
     logits: NDArray[np.float32]
@@ -68,23 +68,43 @@ def scores_at(trace: Trace, inverse_temperatures: NDArray[np.float32]) -> NDArra
     return scores
 
 
+def recorded_output(
+    trace: Trace, scores: NDArray[np.float32], exit_index: int, rows: NDArray[np.int64] | slice
+) -> Recorded:
+    """What exit `exit_index` said about `rows` of `trace`, whose scores (N, E, 3) are `scores`."""
+    learned = trace.learned[rows, exit_index] if trace.has_learned[exit_index] else None
+    return Recorded(
+        trace.logits[rows, exit_index], trace.predictions[rows, exit_index], scores[rows, exit_index], learned
+    )
+
+
 def replay(policy: Policy, trace: Trace) -> Replay:
-    """What `policy` does with every row of `trace`; for one source, replay `policy.for_source(source)`.
+    """What `policy` does with every row of `trace`, each treated as its source is.
 
     Raises OptionError when it is for another number of exits, or for a score that the trace has not.
     """
+    if not policy.sources:
+        return _replay_alone(policy, trace)
+    exit_index = np.full(len(trace.logits), trace.num_exits - 1, np.int64)
+    reason = np.full(len(trace.logits), FINAL, object)
+    for source in np.unique(trace.sources).tolist():
+        rows = np.flatnonzero(trace.sources == source)
+        decided = _replay_alone(policy.for_source(source), trace.rows(rows))
+        exit_index[rows], reason[rows] = decided.exit_index, decided.reason
+    return Replay(exit_index, trace.predictions[np.arange(len(exit_index)), exit_index], reason.astype(np.str_))
+
+
+def _replay_alone(policy: Policy, trace: Trace) -> Replay:
+    """What a policy without sources does with every row."""
     policy.check_exits(trace.num_exits)
-    has_learned = trace.has_learned
-    policy.check_learned(has_learned)
+    policy.check_learned(trace.has_learned)
     scores = scores_at(trace, policy.inverse_temperatures(trace.num_exits))
     num_rows, final = len(trace.logits), trace.num_exits - 1
     exit_index = np.full(num_rows, final, np.int64)
     live = np.arange(num_rows)
     reasons, state = [], None
     for k in range(final):
-        learned = trace.learned[live, k] if has_learned[k] else None
-        out = _Recorded(trace.logits[live, k], trace.predictions[live, k], scores[live, k], learned)
-        leaves, reason, state = policy.decide(k, out, state)
+        leaves, reason, state = policy.decide(k, recorded_output(trace, scores, k, live), state)
         exit_index[live[leaves]] = k
         live = live[~leaves]
         state = state.rows(~leaves) if state else None

@@ -43,10 +43,15 @@ def expected_calibration_error(
     """
     if len(confidence) == 0:
         raise DataError("calibration error: got 0 rows, expected at least 1; record a trace with labels")
-    bins = np.ceil(np.asarray(confidence, np.float64) * num_bins).astype(np.int64) - 1
-    bins = bins.clip(0, num_bins - 1)  # (N,)
+    bins = bins_of_equal_width(confidence, num_bins)
     surplus = np.bincount(bins, confidence - correct.astype(np.float64), num_bins)  # (num_bins,)
     return float(np.abs(surplus).sum() / len(confidence))
+
+
+def bins_of_equal_width(confidence: NDArray[np.floating], num_bins: int = NUM_BINS) -> NDArray[np.int64]:
+    """The bin of every confidence (N,) in [0, 1], (N,) in 0 … num_bins - 1; bins are closed above."""
+    bins = np.ceil(np.asarray(confidence, np.float64) * num_bins).astype(np.int64) - 1
+    return bins.clip(0, num_bins - 1)
 
 
 def fit_temperature(logits: NDArray[np.floating], labels: NDArray[np.int64]) -> float:

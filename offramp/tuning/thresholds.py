@@ -129,6 +129,11 @@ def right_rows(trace: Trace, reference: Reference) -> tuple[NDArray[np.int64], N
 
     Raises DataError when no row counts, OptionError for another reference.
     """
+    if trace.logits.shape[2] == 1:
+        raise DataError(
+            "thresholds: got a trace of a regression, which has no right and wrong rows; set limits on its learned "
+            "confidences by hand: Policy.thresholds('learned', [...])"
+        )
     if reference == "full_depth":
         counted = np.arange(len(trace.labels))
         right = trace.predictions == trace.predictions[:, -1:]

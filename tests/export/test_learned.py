@@ -127,7 +127,7 @@ def test_segments_of_a_model_without_confidences_are_what_they_were(bundles: dic
 def test_exits_chosen_take_their_confidences_with_them(tmp_path: Path) -> None:
     model, example = models.confident(WHICH["early"])
     source = source_from_model("chosen", model, example, DEFAULT_OPSET, ["logits_2", "logits_3"])
-    assert source.learned == {"logits_2": "learned_2"}
+    assert source.row_outputs == {"logits_2": {"learned": "learned_2"}}
     manifest = export_bundle(source, tmp_path / "bundle", FP32)
     assert [spec.learned for spec in manifest.exits] == ["learned_2", ""]
     features = models.waves(7, 6).numpy()
@@ -163,7 +163,7 @@ def confident_graph() -> onnx.ModelProto:
 def from_onnx(tmp_path: Path, *learned: str) -> ModelSource:
     path = tmp_path / "graph.onnx"
     path.write_bytes(confident_graph().SerializeToString())
-    return source_from_onnx(path, ("a", "b"), {}, {}, learned)
+    return source_from_onnx(path, ("a", "b"), {}, {}, {"learned": learned})
 
 
 def test_command_line_names_the_confidences_of_an_onnx_file(tmp_path: Path) -> None:
@@ -200,14 +200,14 @@ def weights(name: str) -> np.ndarray:
 @pytest.mark.parametrize(
     ("learned", "error", "message"),
     [
-        (("-", "learned", "sure"), OptionError, "got 3 learned confidences for 2 exits"),
+        (("-", "learned", "sure"), OptionError, "got 3 outputs for --learned and 2 exits"),
         (
             ("nothing",),
             CutError,
             "'nothing' is not computed by the graph; its outputs are a, b, sure",
         ),
-        (("sure", "sure"), CutError, "with learned sure, sure, expected each once"),
-        (("b",), CutError, "with learned b, expected each once"),
+        (("sure", "sure"), CutError, "with learned sure, learned sure, expected each output once"),
+        (("b",), CutError, "with learned b, expected each output once"),
     ],
 )
 def test_names_that_make_no_sense(tmp_path, learned: tuple[str, ...], error: type[Exception], message: str) -> None:
@@ -216,8 +216,8 @@ def test_names_that_make_no_sense(tmp_path, learned: tuple[str, ...], error: typ
 
 
 def test_a_dash_is_an_exit_without(tmp_path: Path) -> None:
-    assert from_onnx(tmp_path, "-", "sure").learned == {"b": "sure"}
-    assert from_onnx(tmp_path).learned == {}
+    assert from_onnx(tmp_path, "-", "sure").row_outputs == {"b": {"learned": "sure"}}
+    assert from_onnx(tmp_path).row_outputs == {}
 
 
 def test_only_onnx_files_need_names(tmp_path: Path) -> None:
@@ -265,7 +265,7 @@ def test_wrong_answers(answer: Callable[[Tensor, Tensor], object], message: str)
 def test_named_tuples_without_confidence_are_logits() -> None:
     model = models.with_fixed_weights(Returns(lambda x, _: (models.Said(x, None), x * 2)))
     source = source_from_model("plain", model, Example({"x": models.waves(5, 6)}), DEFAULT_OPSET)
-    assert (source.exits, source.learned) == (("logits_1", "logits_2"), {})
+    assert (source.exits, source.row_outputs) == (("logits_1", "logits_2"), {})
 
 
 @pytest.mark.parametrize(

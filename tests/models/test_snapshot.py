@@ -14,10 +14,13 @@ import torch
 from offramp.errors import DataError
 from offramp.models import train
 from offramp.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from offramp.models.kinds import KINDS
 from offramp.models.plan import Plan, RunOptions, Stage
 from offramp.models.randomness import random_state, seed_all, set_random_state
-from offramp.models.rows import TrainingRows
+from offramp.models.regression import RegressionConfig
+from offramp.models.rows import Rows, TextRows, TrainingRows
 from offramp.models.snapshot import load_snapshot
+from offramp.models.strategies import LossOptions
 from offramp.models.train import Output, resume_training, train_model
 
 KILLED_RUN = Path(__file__).parent / "killed_run.py"
@@ -70,6 +73,36 @@ def test_the_last_step_may_be_any(
     assert not (tmp_path / "run" / "training.pt").exists()
     with pytest.raises(DataError, match="finished"):
         resume_training(tmp_path / "run", rows_and_unlabelled)
+
+
+def test_a_regression_resumes_to_the_same_bits(
+    encoder_path: Path, rows: TrainingRows, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its heads are products with one column, which round by where in memory the weights lie."""
+
+    def values_of(texts: Rows) -> TextRows:
+        assert isinstance(texts, TextRows)
+        return TextRows(texts.ids, texts.targets.astype(np.float32))
+
+    rows = TrainingRows(values_of(rows.train), values_of(rows.validation))
+    plan = replace(PLAN, stages=(replace(STAGES[0], loss=LossOptions(confidence_weight=0.3)),))
+    fresh = [KINDS["regression"].fresh(encoder_path, RegressionConfig((1, 3)), 0) for _ in range(2)]
+    whole, killed = (Checkpoint(model, encoder_path / "tokenizer.json", (), 16, "regression") for model in fresh)
+    train_model(whole, rows, plan)
+    honest, taken = train.take_step, []
+
+    def take_step(*arguments: object) -> float:
+        taken.append(1)
+        if len(taken) == 5:
+            raise KeyboardInterrupt
+        return honest(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(train, "take_step", take_step)
+    with pytest.raises(KeyboardInterrupt):
+        train_model(killed, rows, plan, Output(tmp_path / "run"))
+    resume_training(tmp_path / "run", rows)
+    for name, tensor in load_checkpoint(tmp_path / "run").model.state_dict().items():
+        assert torch.equal(tensor, whole.model.state_dict()[name]), name
 
 
 def test_how_often_it_is_written_changes_nothing(

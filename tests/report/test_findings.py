@@ -13,12 +13,14 @@ import pytest
 from offramp.binomial import p_value
 from offramp.errors import DataError
 from offramp.policy import Policy
-from offramp.report.findings import Findings
-from offramp.report.frontier import global_policy, sweep_thresholds
-from offramp.report.quality import failure_auroc
+from offramp.report.findings import Findings, RiskPoint, Step
+from offramp.report.frontier import NUM_SWEPT
 from offramp.report.report import findings_from_evidence
-from offramp.report.words import headline, policy_text
+from offramp.report.words import headline, overthinking_reading, policy_text
 from offramp.trace import UNKNOWN
+from offramp.tuning.alternatives import alternatives
+from offramp.tuning.certify import CertifyOptions, certify
+from offramp.tuning.diagnostics import quality
 from offramp.tuning.replay import replay
 from tests.report.evidence import FILES, certificate, evidence, manifest, small_trace, with_retention
 
@@ -49,29 +51,42 @@ def test_every_alternative_is_there() -> None:
     assert kinds[:3] == ["chosen", "full depth", "uncut"]
     assert kinds.count("exit alone") == 3
     assert kinds.count("fixed 0.9") == 1
-    assert kinds.count("sweep") == len(sweep_thresholds())
+    assert kinds.count("sweep") > 5
+    assert kinds.count("tuned") >= 1
     assert points[2].ms == 9.5
     assert points[2].accuracy == points[1].accuracy
     assert "uncut" not in [point.kind for point in found().alternatives]
 
 
 def test_the_sweep_gets_looser() -> None:
-    assert sweep_thresholds() == sorted(sweep_thresholds(), reverse=True)
     for score in ("max_prob", "margin", "entropy"):
-        depths = [
-            point.mean_depth
-            for point in found(policy=Policy.thresholds(score, [0.5] * 3)).alternatives
-            if point.kind == "sweep"
+        swept = [
+            point for point in found(policy=Policy.thresholds(score, [0.5] * 3)).alternatives if point.kind == "sweep"
         ]
+        depths = [point.mean_depth or 0 for point in swept]
         assert depths == sorted(depths, reverse=True)
-        assert depths[-1] < depths[0]
+        assert depths[0] == 4
+        assert depths[-1] < 3
+        assert NUM_SWEPT / 8 < len(depths) <= NUM_SWEPT + 2
 
 
 def test_a_sweep_on_learned_confidences_leaves_exits_without_one_closed() -> None:
-    learned = np.full((120, 4), 0.95, np.float32)
-    learned[:, 1] = np.nan
-    swept = global_policy(small_trace(learned=learned), "learned", 0.9, ())
-    assert swept.limits == (0.9, None, 0.9)
+    learned = np.full((120, 4), 0.5, np.float32)
+    learned[:, :2] = np.nan
+    said = found(small_trace(learned=learned), Policy.thresholds("learned", [None, None, 0.9]))
+    depths = {point.mean_depth for point in said.alternatives if point.kind == "sweep"}
+    assert depths == {4, 3}
+
+
+def test_other_ways_to_choose_are_those_of_calibrate() -> None:
+    trace, policy = small_trace(num_rows=900), Policy.thresholds("max_prob", [0.7] * 3)
+    options = CertifyOptions(0.01, 0.95)
+    compared = alternatives(trace, certify(trace, replace(policy, limits=()), options), options)
+    points = {point.name: point for point in found(trace, policy).alternatives}
+    for other in compared[1:]:
+        assert points[other.name].mean_depth == pytest.approx(other.mean_depth)
+        assert points[other.name].known == other.known
+        assert 1 - (points[other.name].agreement or 0) == pytest.approx(other.risk)
 
 
 def test_exits_row_by_row() -> None:
@@ -88,48 +103,78 @@ def test_exits_row_by_row() -> None:
         here = [trace.predictions[row, k] == trace.labels[row] for row in range(120)]
         assert said.won_later == sum(f and not h for f, h in zip(final, here, strict=True))
         assert said.lost_later == sum(h and not f for f, h in zip(final, here, strict=True))
-        gaps = sum(b.num_rows / 120 * abs(b.accuracy - b.confidence) for b in said.reliability)
-        assert said.ece == pytest.approx(gaps, abs=1e-6)
-        assert sum(b.num_rows for b in said.reliability) == 120
-
-
-def test_auroc_pair_by_pair() -> None:
-    generator = np.random.default_rng(0)
-    confidence = generator.integers(0, 6, 50) / 5
-    right = generator.random(50) < confidence
-    pairs = [(a, b) for a in confidence[right] for b in confidence[~right]]
-    assert failure_auroc(confidence, right) == pytest.approx(np.mean([(a > b) + (a == b) / 2 for a, b in pairs]))
-    assert failure_auroc(confidence, np.ones(50, np.bool_)) is None
+        assert said.quality == quality(trace.logits[:, k], trace.labels, 1.0)
 
 
 def test_waterfall_adds_up() -> None:
+    assert found(small_trace(uncut_ms=9.0)).waterfall.steps[0] == Step("uncut model", 9.0, "level")
     steps = found().waterfall.steps
     assert steps[0].ms + sum(step.ms for step in steps[1:-1]) == pytest.approx(steps[-1].ms)
     assert [step.kind for step in steps] == ["level", "saving", "saving", "saving", "level"]
 
 
-def test_risk_path_is_the_fixed_sequence() -> None:
-    trace = small_trace(num_rows=800)
-    path = findings_from_evidence(evidence(trace)).risk_path
-    passing = True
-    for point, sureness in zip(path.points, sweep_thresholds(), strict=True):
-        decided = replay(Policy.thresholds("max_prob", [sureness] * 3), trace)
-        losses = sum(
-            a != b for a, b in zip(decided.prediction.tolist(), trace.predictions[:, -1].tolist(), strict=True)
-        )
-        passing = passing and p_value(losses, 800, 0.01) <= 0.05
-        assert (point.losses, point.certified) == (losses, passing)
-        assert point.certified <= (point.upper_bound <= 0.01)
-    assert {point.certified for point in path.points} == {True, False}
+PLACEMENT = {
+    "costs": {"uncut_ms": 7.5},
+    "no_exits_ms": 7.6,
+    "expected_ms": 4.0,
+    "worst_case": 1.03,
+    "exits": [
+        {"exit_index": 0, "is_kept": True, "saves_ms": 3.0, "costs_ms": 0.1, "toggled_ms": 6.9},
+        {"exit_index": 1, "is_kept": False, "saves_ms": 0.2, "costs_ms": 0.3, "toggled_ms": 4.1},
+        {"exit_index": 2, "is_kept": False, "saves_ms": 0.0, "costs_ms": 0.0, "toggled_ms": None},
+        {"exit_index": 3, "is_kept": True, "saves_ms": 0.8, "costs_ms": 0.1, "toggled_ms": 4.7},
+    ],
+}
+
+
+def test_waterfall_of_a_placement() -> None:
+    said = found(placement=PLACEMENT).waterfall
+    assert said.source == "placement"
+    assert [(step.name, step.kind) for step in said.steps[2:4]] == [
+        ("exit 0 costs", "cost"),
+        ("exit 0 saves", "saving"),
+    ]
+    assert said.steps[1].ms + sum(step.ms for step in said.steps[2:-1]) == pytest.approx(said.steps[-1].ms)
+    assert [(dropped.exit_index, dropped.with_it_ms) for dropped in said.dropped] == [(1, 4.1), (2, None)]
+    for wrong in ({}, [], {**PLACEMENT, "exits": 3}):
+        with pytest.raises(DataError, match="offramp place"):
+            found(placement=wrong)
+
+
+def test_risk_path_is_the_test_of_calibrate() -> None:
+    trace, base = small_trace(num_rows=2000), Policy.thresholds("max_prob", [None] * 3)
+    certified = certify(trace, replace(base, limits=()), CertifyOptions(0.02, 0.95))
+    policy, held = certified.policy, certified.certificate
+    path = found(trace, policy, certificate=held).risk_path
+    assert path.is_of_certificate
+    assert (path.num_rows, path.num_learned) == (held.num_rows, 2000 - held.num_rows)
+    last = [point for point in path.points if point.certified][-1]
+    assert (last.mean_depth, last.losses) == (pytest.approx(held.mean_depth), held.losses)
+    assert last.upper_bound == pytest.approx(held.upper_bound)
+    assert p_value(held.losses, held.num_rows, 0.02) <= 0.05  # type: ignore[arg-type]
+    following = path.points[path.points.index(last) + 1]
+    assert p_value(int(following.losses), held.num_rows, 0.02) > 0.05
+    assert [point.mean_depth for point in path.points] == sorted((p.mean_depth for p in path.points), reverse=True)
+    assert path.points[0] == RiskPoint(pytest.approx(10), 4, 0, 0, True)  # type: ignore[arg-type]
+    other = found(small_trace(num_rows=2000, seed=1), policy, certificate=held).risk_path
+    assert not other.is_of_certificate
+
+
+def test_a_risk_that_needs_labels_gives_way_without_them() -> None:
+    trace, policy = small_trace(labelled=False), Policy.thresholds("max_prob", [0.7] * 3)
+    said = found(trace, policy, certificate=certificate(trace, policy, risk="accuracy_gap", max_risk=0.03))
+    assert (said.risk_path.risk, said.risk_path.max_risk) == ("consistency", 0.03)
+    assert "wrong where" in said.certificate.statement
 
 
 def test_overthinking_and_confusion() -> None:
     trace = small_trace()
-    right = trace.predictions == trace.labels[:, None]
-    over = found(trace).overthinking
-    assert over is not None
-    assert over.destroyed == sum(any(row[:3]) and not row[3] for row in right.tolist())
-    assert over.needed == sum(row[3] and not any(row[:3]) for row in right.tolist())
+    right = (trace.predictions == trace.labels[:, None]).tolist()
+    said = found(trace)
+    assert said.overthinking is not None
+    assert said.overthinking.destructive == pytest.approx(sum(any(row[:3]) and not row[3] for row in right) / 120)
+    needed = sum(row[3] and not any(row[:3]) for row in right) / 120
+    assert f"saves {100 * needed:.1f}% that only the final exit gets right" in overthinking_reading(said)
     confusion = found(trace).confusion
     said = replay(Policy.thresholds("max_prob", [0.7] * 3), trace).prediction
     assert confusion.counts[1][2] == sum((trace.labels == 1) & (said == 2))
@@ -153,7 +198,7 @@ def test_without_labels() -> None:
     assert said.overthinking is None
     assert said.chosen.accuracy is None
     assert said.chosen.agreement == found().chosen.agreement
-    assert all(point.ece is point.auroc is point.accuracy is point.won_later is None for point in said.exits)
+    assert all(point.quality is point.ece_unscaled is point.accuracy is point.won_later is None for point in said.exits)
     assert said.confusion.reference == "full depth"
     assert any(missing.what.startswith("labels") for missing in said.missing)
     assert not any(missing.what.startswith("labels") for missing in found().missing)
@@ -196,16 +241,24 @@ class TestCertificate:
 
     def test_in_force(self) -> None:
         trace = small_trace()
+        promise = "at most 2.0% of all answers differ from the answer that the whole model would have given."
+        alone = found(trace, self.policy, certificate=certificate(trace, self.policy, sources={})).certificate
+        assert alone.statement == f"With 95% confidence, {promise}"
         said = found(trace, self.policy, certificate=certificate(trace, self.policy))
         assert said.certificate.status == "in force"
-        assert said.certificate.statement == (
-            "With 95% confidence, at most 2.0% of all answers differ from the answer that the whole model "
-            "would have given."
-        )
+        assert said.certificate.statement == f"For every source below, with the confidence named there, {promise}"
         assert "of 1,200 rows, 3 answered differently" in said.certificate.evidence
         assert [s.source for s in said.certificate.sources] == ["branch", "kiosk"]
         assert "268 more rows" in said.certificate.sources[0].statement
         assert said.risk_path.max_risk == 0.02
+
+    def test_full_depth_for_want_of_rows(self) -> None:
+        trace = small_trace()
+        certified = certify(trace, Policy(), CertifyOptions())
+        said = found(trace, certified.policy, certificate=certified.certificate).certificate
+        assert said.status == "in force"
+        assert said.statement.startswith("Every row goes to full depth, so no answer is changed.")
+        assert f"at least {299 - 80} more rows" in said.statement
 
     @pytest.mark.parametrize(
         ("changes", "words"),
@@ -236,9 +289,10 @@ class TestCertificate:
     def test_every_risk_has_words(self, risk: str, losses: float, words: str) -> None:
         trace = small_trace()
         made = certificate(trace, self.policy, risk=risk, losses=losses, class_name="spam")
-        said = found(trace, self.policy, certificate=made)
+        said = found(trace, self.policy, certificate=made, labels=("ham", "spam", "eggs"))
         assert words in said.certificate.statement
-        assert said.risk_path.max_risk == 0.01, "the path shows consistency, which this is not"
+        assert said.risk_path.risk == risk
+        assert said.risk_path.max_risk == 0.02
 
 
 def test_measured_points() -> None:
@@ -292,8 +346,9 @@ def test_findings_are_json() -> None:
 def test_headline() -> None:
     assert headline(found(policy=Policy.full_depth())).startswith("Every row goes to full depth")
     said = found()
-    assert f"instead of {said.full_depth.ms:.1f} ms" in headline(said)
     assert math.isclose(said.full_depth.ms, 10)
+    assert "instead of the 10.0 ms of full depth" in headline(said)
+    assert "instead of the 9.00 ms of the uncut model" in headline(found(small_trace(uncut_ms=9.0)))
 
 
 def test_policies_in_words() -> None:

@@ -46,18 +46,17 @@ def session_function(
     return lambda inputs: dict(zip(names, session.run(names, inputs), strict=True))
 
 
-def _learned(bundle: Path, segment: SegmentSpec, has_learned: bool) -> tuple[dict[str, FakeTensor], Function]:
-    """The tensors and the function of a segment, which may say how sure it is in its own words too."""
+def _telling(bundle: Path, segment: SegmentSpec, row_outputs: Sequence[str]) -> tuple[dict[str, FakeTensor], Function]:
+    """The tensors and the function of a segment, which may tell more of its rows: half and a third of the margin."""
     tensors, function = segment_tensors(segment), session_function(bundle, segment)
-    if not has_learned:
-        return tensors, function
-    tensors["learned"] = FakeTensor("float32", ("rows",), False)
+    tensors |= {name: FakeTensor("float32", ("rows",), False) for name in row_outputs}
 
-    def with_learned(inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+    def telling(inputs: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         outputs = function(inputs)
-        return {**outputs, "learned": outputs["scores"][:, 1] / 2}
+        others = {"learned": outputs["scores"][:, 1] / 2, "retention": outputs["scores"][:, 1] / 3}
+        return {**outputs, **{name: others[name] for name in row_outputs}}
 
-    return tensors, with_learned
+    return tensors, telling
 
 
 def plan_record(segment: SegmentSpec, **changes: Any) -> PlanRecord:
@@ -85,12 +84,12 @@ class Faked:
         make_device: Callable[[], FakeDevice] = FakeDevice,
         *,
         has_own_graphs: bool = False,
-        has_learned: bool = False,
+        row_outputs: Sequence[str] = (),
     ) -> None:
         self.manifest: Manifest = load_manifest(bundle)
         self.devices: list[FakeDevice] = []
         self.plans = [
-            FakePlan(*_learned(bundle, s, has_learned), SIZES, has_own_graphs=has_own_graphs)
+            FakePlan(*_telling(bundle, s, row_outputs), SIZES, has_own_graphs=has_own_graphs)
             for s in self.manifest.segments
         ]
         records = [plan_record(segment) for segment in self.manifest.segments]

@@ -10,7 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.policy import Policy
-from offramp.runtime import Baseline, Monitor, MonitorOptions, Runner, fake_runner
+from offramp.runtime import Baseline, FakeEngine, Monitor, MonitorOptions, Runner, SegmentOutput, fake_runner
+from offramp.runtime.monitor_states import FULL_DEPTH
 
 NUM_EXITS = 4
 SHARES = (0.35, 0.25, 0.15, 0.25)
@@ -57,3 +58,25 @@ def rows(exits: Sequence[int], losses: Sequence[bool] = ()) -> dict[str, NDArray
 def draw(rng: np.random.Generator, num_rows: int, shares: Sequence[float] = SHARES) -> list[int]:
     """Exits of rows that are independent of each other."""
     return rng.choice(len(shares), num_rows, p=shares).tolist()
+
+
+def trip(runner: Runner, source: str = "") -> None:
+    """Send rows with losses until the monitor has had enough."""
+    assert runner.monitor is not None
+    for _ in range(500):
+        runner.run(rows([0] * 20, [True] * 20), source)
+        if runner.monitor.state_of(source) == FULL_DEPTH:
+            return
+    raise AssertionError("no alarm")
+
+
+class Pruning(FakeEngine):
+    """Says which share of its tokens a row kept."""
+
+    def run(self, carry: Any, rows: NDArray[np.int64], inverse_temperature: np.float32) -> SegmentOutput:
+        out = super().run(carry, rows, inverse_temperature)
+
+        class Kept(SegmentOutput):
+            retention = np.full(len(rows), 0.25, np.float32)
+
+        return Kept(*out[:5])

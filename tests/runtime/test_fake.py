@@ -51,6 +51,18 @@ def test_the_example_of_the_docstring() -> None:
     assert runner.backend == "fake"
 
 
+def test_scripted_retention() -> None:
+    runner = fake_runner([0.6, 0.6, 0.6], learned=[None, 0.5], retention=[1.0, lambda inputs: inputs["x"]])
+    assert [spec.row_outputs.keys() for spec in runner.manifest.exits] == [
+        {"retention"},
+        {"learned", "retention"},
+        set(),
+    ]
+    trace = runner.record([{"x": np.array([0.25, 1.0], np.float32)}])
+    np.testing.assert_array_equal(trace.retention, np.array([[1, 0.25, np.nan], [1, 1, np.nan]], np.float32))
+    np.testing.assert_array_equal(trace.learned, np.array([[np.nan, 0.5, np.nan]] * 2, np.float32))
+
+
 def test_scripted_learned_confidences() -> None:
     """A number, a function of the rows that are still here, or none: the last exit has none."""
     learned = [lambda inputs: inputs["x"], 0.5]
@@ -67,5 +79,5 @@ def test_scripted_learned_confidences() -> None:
 @pytest.mark.parametrize("learned", [[0.5], [0.5, np.nan], [0.5, 1.5]])
 def test_impossible_learned_confidences_are_refused(learned: list[float]) -> None:
     engine = FakeEngine(lambda inputs: np.zeros((2, 2)), lambda inputs: learned)
-    with pytest.raises(OptionError, match=r"learned confidences of 2 rows .* expected \(2,\) in \[0, 1\]"):
+    with pytest.raises(OptionError, match=r"its learned of 2 rows .* expected \(2,\) in \[0, 1\]"):
         engine.run({"x": np.zeros(2)}, np.arange(2), ONE)

@@ -18,7 +18,7 @@ from offramp.bundle import FileRecord, PlanRecord, load_manifest, save_manifest
 from offramp.certificate import Certificate, CertificateWarning
 from offramp.errors import BackendError, BundleError, CertificateError, CorruptError, OptionError, VersionError
 from offramp.policy import Policy
-from offramp.runtime import PlanWarning, Runner, backends
+from offramp.runtime import Baseline, Monitor, PlanWarning, Runner, backends
 
 GRAPH = "segments/01/model.onnx"
 
@@ -319,3 +319,12 @@ def test_another_plan_that_fits_keeps_it_quiet(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(backends, "installed_version", lambda name: "1.7.1.116")
     monkeypatch.setattr(backends, "compute_capability", lambda: "")
     assert backends.plan_problem(load_manifest(tmp_path)) == ""
+
+
+def test_a_monitor_watches_from_the_beginning(bundle: Path) -> None:
+    monitor = Monitor()
+    with Runner.open(bundle, threads=1, monitor=monitor) as runner:
+        runner.run(tiny.request([[1], [2, 3]]))
+    assert monitor.snapshot().total.rows == 2
+    with pytest.raises(OptionError, match="the model has 3"):
+        Runner.open(bundle, threads=1, monitor=Monitor(Baseline((1, 1), 0.01)))

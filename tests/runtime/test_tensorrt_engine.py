@@ -230,13 +230,14 @@ def test_every_thread_has_a_worker_and_an_ended_one_hands_it_on(bundle: Path) ->
     assert "capture" in log_of(faked.devices[1:])
 
 
-def test_a_learned_confidence_comes_along(bundle: Path, options: TensorRtOptions) -> None:
-    engines = Faked(bundle, options, has_learned=True).chain.engines
+@pytest.mark.parametrize("told", [(), ("learned",), ("retention",), ("learned", "retention")])
+def test_what_else_an_exit_tells_comes_along(bundle: Path, options: TensorRtOptions, told: tuple[str, ...]) -> None:
+    engines = Faked(bundle, options, row_outputs=told).chain.engines
     for _ in range(3):
         out = engines[0].run(tiny.request(tiny.sentences(3)), np.arange(3), ONE)
-        assert out.learned is not None
-        np.testing.assert_array_equal(out.learned, out.scores[:, 1] / 2)
-    assert Faked(bundle).chain.engines[0].run(tiny.request([[1]]), np.arange(1), ONE).learned is None
+        for name, share in (("learned", 2), ("retention", 3)):
+            expected = out.scores[:, 1] / share if name in told else None
+            np.testing.assert_array_equal(getattr(out, name), expected)
 
 
 @pytest.mark.parametrize(

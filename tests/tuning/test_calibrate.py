@@ -92,7 +92,6 @@ def test_document_is_plain_json_with_the_policy_as_it_is_written():
     assert Policy.from_json(json.dumps(document["policy"])) == result.policy
     assert [each["exit_index"] for each in document["exits"]] == [0, 1, 2]
     assert (document["num_rows"], document["backend"]) == (100, "fake")
-    assert document["options"]["max_drop"] == 0.01
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,8 @@ import pytest
 from offramp.errors import DataError, OptionError
 from offramp.policy import Policy
 from offramp.trace import UNKNOWN
-from offramp.tuning.placement import Costs, Placement, PlacementOptions, lost_rows, place, trace_of_exits
+from offramp.tuning.placement import lost_rows, place, trace_of_exits
+from offramp.tuning.placement_data import Costs, Placement, PlacementOptions
 from offramp.tuning.replay import replay
 from tests.tuning.traces import random_trace, trace_by_hand
 

@@ -15,7 +15,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle import INVERSE_TEMPERATURE, ROWS, SCORES, Manifest, PlanRecord, SegmentSpec, read_file
+from offramp.bundle import (
+    INVERSE_TEMPERATURE,
+    ROW_OUTPUTS,
+    ROWS,
+    SCORES,
+    Manifest,
+    PlanRecord,
+    SegmentSpec,
+    read_file,
+)
 from offramp.errors import BackendError, BundleError, PlanError
 from offramp.plan import check_plan_header
 from offramp.runtime.engine import SegmentOutput
@@ -153,15 +162,15 @@ def planned_segments(
     planned = []
     for segment, record, plan in zip(manifest.segments, plans, loaded, strict=True):
         num_classes = manifest.exits[segment.index].num_classes
-        has_learned = "learned" in plan.tensors
-        _check_tensors(plan.tensors, _expected(manifest, segment, num_classes, has_learned), record)
+        row_outputs = tuple(name for name in ROW_OUTPUTS if name in plan.tensors)
+        _check_tensors(plan.tensors, _expected(manifest, segment, num_classes, row_outputs), record)
         ranges = shapes[segment.index]
         following = shapes[segment.index + 1 : segment.index + 2]  # takes in as many rows as were run here
         low = [ranges[name][0][0] for name in _uploads(segment)]
         low += [bounds[0][0] for after in following for name, bounds in after.items() if name != ROWS]
         max_shapes = {name: high for name, (_, high) in ranges.items()}
         rows = RowRange(max(low), max_rows)
-        planned.append(PlannedSegment(segment, plan, max_shapes, dtypes, rows, num_classes, has_learned))
+        planned.append(PlannedSegment(segment, plan, max_shapes, dtypes, rows, num_classes, row_outputs))
     return planned
 
 
@@ -185,7 +194,7 @@ def _input_ranges(manifest: Manifest, segment: SegmentSpec, record: PlanRecord) 
 
 
 def _expected(
-    manifest: Manifest, segment: SegmentSpec, num_classes: int, has_learned: bool
+    manifest: Manifest, segment: SegmentSpec, num_classes: int, row_outputs: Sequence[str]
 ) -> Mapping[str, PlanTensor]:
     """The tensors of the segment contract; -1 for what varies."""
     expected = {INVERSE_TEMPERATURE: PlanTensor("float32", (), True)}
@@ -199,9 +208,7 @@ def _expected(
     expected["logits"] = PlanTensor("float32", (-1, num_classes), False)
     expected["prediction"] = PlanTensor("int64", (-1,), False)
     expected["scores"] = PlanTensor("float32", (-1, len(SCORES)), False)
-    if has_learned:
-        expected["learned"] = PlanTensor("float32", (-1,), False)
-    return expected
+    return expected | {name: PlanTensor("float32", (-1,), False) for name in row_outputs}
 
 
 def _numbers(shape: Sequence[int | str]) -> Shape:

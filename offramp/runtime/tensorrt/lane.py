@@ -59,7 +59,7 @@ class PlannedSegment:
     dtypes: Mapping[str, str]  # of every input that comes from the host
     rows: RowRange
     num_classes: int
-    has_learned: bool
+    row_outputs: tuple[str, ...]  # those of bundle.ROW_OUTPUTS that it puts out
 
     @property
     def uploads(self) -> tuple[str, ...]:
@@ -200,7 +200,7 @@ class Lane:
             field.name: self._answers_host.read(field.offset, (num_rows, *field.tail), field.dtype)
             for field in self._fields
         }
-        return SegmentOutput(None, found["logits"], found["prediction"], found["scores"], found.get("learned"))
+        return SegmentOutput(None, **found)
 
     def _enqueue(self, context: Context, key: Key, *, download: bool) -> None:
         """Uploads, run, download. The temperature goes with the first of the others."""
@@ -250,8 +250,7 @@ def _upload_fields(segment: PlannedSegment) -> tuple[tuple[_Field, ...], int]:
 def _answer_fields(segment: PlannedSegment) -> tuple[tuple[_Field, ...], int]:
     """Where the answers lie, and the size of their block."""
     wanted: list[tuple[str, type[Any], Shape]] = [("scores", np.float32, (len(SCORES),)), ("prediction", np.int64, ())]
-    if segment.has_learned:
-        wanted.append(("learned", np.float32, ()))
+    wanted += [(name, np.float32, ()) for name in segment.row_outputs]
     wanted.append(("logits", np.float32, (segment.num_classes,)))
     fields, end = [], 0
     for name, dtype, tail in wanted:

@@ -1,0 +1,100 @@
+"""Losses: what it costs in risk when a row leaves at an exit instead of the final one, for every row and exit.
+
+All are relative to full depth, so that never leaving early has no loss and a safe policy always exists (Jazbec et al.,
+"Fast yet Safe", NeurIPS 2024, section 3). The risk of a policy is the mean of the losses where its rows leave.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.certificate import RISKS
+from offramp.errors import DataError, OptionError
+from offramp.trace import UNKNOWN, Trace
+
+COUNTED = ("consistency", "accuracy_gap", "missed_detection")  # losses of 0 and 1: counted, tested exactly
+LABELLED = ("accuracy_gap", "accuracy_gap_signed", "brier")  # need labels
+
+
+@dataclass(frozen=True)
+class LossTable:
+    """The loss of every row, had it left at each exit."""
+
+    counts: NDArray[np.bool_]  # (N,): does the row count for the risk
+    values: NDArray[np.float64]  # (N, E) at most 1; the last column is 0, and so are rows that do not count
+    is_counted: bool  # only 0 and 1
+
+    def of(self, exit_index: NDArray[np.int64]) -> NDArray[np.float64]:
+        """The losses (M,) of the M rows that count when the rows leave at `exit_index` (N,)."""
+        return self.values[np.arange(len(exit_index)), exit_index][self.counts]
+
+    def rows(self, keep: NDArray[np.int64]) -> LossTable:
+        """The table of the rows `keep`."""
+        return LossTable(self.counts[keep], self.values[keep], self.is_counted)
+
+
+def losses_from_trace(
+    trace: Trace, risk: str, inverse_temperatures: NDArray[np.float32], class_index: int = UNKNOWN
+) -> LossTable:
+    """The losses of `risk` (one of certificate.RISKS) on `trace`; probabilities are at `inverse_temperatures` (E,).
+
+    Rows that count are all of them, those with a label for a risk that needs it, and for a missed detection those
+    that full depth assigns to `class_index`. Raises OptionError, and DataError when no row counts.
+    """
+    if risk not in RISKS:
+        raise OptionError(f"losses: got risk {risk!r}, expected one of {', '.join(RISKS)}")
+    if (risk == "missed_detection") != (class_index != UNKNOWN):
+        raise OptionError("losses: a missed detection is one of a class, and no other risk is; name it with --class")
+    counts = np.ones(len(trace.labels), np.bool_)
+    if risk in LABELLED:
+        counts = trace.labels != UNKNOWN
+    elif risk == "missed_detection":
+        counts = trace.predictions[:, -1] == class_index
+    if not counts.any():
+        lacking = "a label" if risk in LABELLED else "what the risk is about"
+        raise DataError(
+            f"losses: got {len(trace.labels)} rows, none with {lacking}, for risk {risk!r}; record a trace of other "
+            f"data, or use --risk consistency, which needs no labels"
+        )
+    if risk in ("consistency", "missed_detection"):
+        values = (trace.predictions != trace.predictions[:, -1:]).astype(np.float64)
+    elif risk in ("accuracy_gap", "accuracy_gap_signed"):
+        wrong = (trace.predictions != trace.labels[:, None]).astype(np.float64)
+        values = wrong - wrong[:, -1:]  # in {-1, 0, 1}
+        values = values.clip(0, 1) if risk == "accuracy_gap" else values
+    else:
+        values = _probability_losses(trace, inverse_temperatures, risk)
+    values[~counts] = 0
+    return LossTable(counts, values, risk in COUNTED)
+
+
+def _probability_losses(trace: Trace, inverse_temperatures: NDArray[np.float32], risk: str) -> NDArray[np.float64]:
+    """Hellinger distance to the final exit's probabilities in [0, 1], or half the Brier score lost, in [-1, 1]."""
+    final = _probabilities(trace.logits[:, -1], inverse_temperatures[-1])  # (N, C)
+    values = np.zeros(trace.predictions.shape)
+    for k in range(trace.num_exits - 1):
+        probabilities = _probabilities(trace.logits[:, k], inverse_temperatures[k])
+        if risk == "hellinger":
+            overlap = np.sqrt(probabilities * final).sum(axis=1)
+            values[:, k] = np.sqrt((1 - overlap).clip(0, 1))
+        else:
+            values[:, k] = (_brier(probabilities, trace.labels) - _brier(final, trace.labels)) / 2
+    return values
+
+
+def _brier(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Squared distance (M,) in [0, 2] of the probabilities (M, C) from the labels."""
+    hit = probabilities[np.arange(len(labels)), labels]
+    score: NDArray[np.float64] = (probabilities**2).sum(axis=1) - 2 * hit + 1
+    return score
+
+
+def _probabilities(logits: NDArray[np.float32], inverse_temperature: np.float32) -> NDArray[np.float64]:
+    """Softmax over the classes, (M, C)."""
+    scaled = logits.astype(np.float64) * inverse_temperature
+    powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
+    probabilities: NDArray[np.float64] = powers / powers.sum(axis=1, keepdims=True)
+    return probabilities

@@ -1,0 +1,128 @@
+"""Every kind of model through the same cut: the chain equals the whole graph, row by row, and a plan per segment."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from offramp import Policy
+from offramp.commands.verification import verify_bundle
+from offramp.errors import CutError, DataError, OptionError
+from offramp.export.build_engine import BuildOptions, build_engines
+from offramp.export.capture import DEFAULT_OPSET, Example
+from offramp.export.export_bundle import ExportOptions, export_bundle
+from offramp.export.source import source_from_model
+from offramp.models.branchynet import BranchyNet, BranchyNetConfig
+from offramp.models.cascade import CascadeConfig, CascadeTransformer
+from offramp.models.efficientnet import EfficientNet, EfficientNetConfig
+from offramp.models.regression import LearnedRegressor, RegressionConfig
+from offramp.runtime import Runner
+from offramp.tuning.thresholds import right_rows
+
+ATOL = 1e-5  # torch against ONNX Runtime in FP32, as in docs/tolerances.md for MiniLM
+KINDS = ("cascade", "regression", "branchynet", "efficientnet")
+VOCABULARY = 20
+
+
+def model_of(kind: str) -> nn.Module:
+    torch.manual_seed(3)
+    cascade = CascadeConfig((1, 2, 3), hidden_size=32, num_heads=2, inner_size=48, vocab_size=VOCABULARY)
+    if kind == "cascade":
+        return CascadeTransformer(cascade)
+    if kind == "regression":
+        encoder = CascadeTransformer(cascade)
+        encoder.heads = nn.ModuleList()
+        return LearnedRegressor(encoder, 32, RegressionConfig((1, 2, 3), offset=0.5, scale=2.0))
+    if kind == "branchynet":
+        return BranchyNet(BranchyNetConfig((4, 8, 8), num_classes=3, image_size=12))
+    return EfficientNet(EfficientNetConfig((1, 3, 4), num_classes=3, image_channels=1, image_size=14, upscale=2))
+
+
+def inputs_of(kind: str, rows: int) -> dict[str, Tensor]:
+    draw = torch.Generator().manual_seed(5)
+    if kind in ("cascade", "regression"):
+        ids = torch.randint(1, VOCABULARY, (rows, 9), generator=draw)
+        mask = (torch.arange(9) < torch.randint(2, 10, (rows, 1), generator=draw)).long()
+        return {"input_ids": ids * mask, "attention_mask": mask}
+    size = 12 if kind == "branchynet" else 14
+    return {"pixels": torch.rand(rows, 1, size, size, generator=draw)}
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("kinds")
+    for kind in KINDS:
+        inputs = inputs_of(kind, 12)
+        axes: dict[str, Any] = {name: {1: "sequence"} for name in inputs} if "input_ids" in inputs else {}
+        example = Example(inputs, axes, {"sequence": (1, 16)} if axes else {})
+        source = source_from_model(kind, model_of(kind), example, DEFAULT_OPSET)
+        export_bundle(source, folder / kind, ExportOptions("fp16"))
+    return {kind: folder / kind for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_chain_says_what_torch_says(bundles: dict[str, Path], kind: str) -> None:
+    assert verify_bundle(bundles[kind]).chain_bit_equal
+    inputs = inputs_of(kind, 30)
+    feed = {name: tensor.numpy() for name, tensor in inputs.items()}
+    with torch.no_grad():
+        exits = model_of(kind).eval()(**inputs)
+    expected = np.stack([(said if isinstance(said, Tensor) else said.logits).numpy() for said in exits], 1)
+    with Runner.open(bundles[kind], policy=Policy.full_depth()) as runner:
+        trace = runner.record([feed])
+        np.testing.assert_allclose(trace.logits, expected, atol=ATOL, rtol=ATOL)
+        if kind == "regression":
+            sure = np.stack([said.learned.numpy() for said in exits[:-1]], 1)
+            np.testing.assert_allclose(trace.learned[:, :-1], sure, atol=ATOL)
+        score = "learned" if kind == "regression" else "max_prob"
+        column = trace.learned if kind == "regression" else trace.scores[:, :, 0]
+        runner.policy = Policy.thresholds(score, [float(np.median(column[:, 0])), float(np.median(column[:, 1]))])
+        result = runner.run(feed)
+        assert len(set(result.exit_index.tolist())) > 1, "some leave and some go on"
+        for row in range(30):
+            np.testing.assert_array_equal(result.outputs["logits"][row], trace.logits[row, result.exit_index[row]])
+            alone = runner.run({name: array[row : row + 1] for name, array in feed.items()})
+            np.testing.assert_array_equal(alone.outputs["logits"][0], result.outputs["logits"][row])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_plan_for_each_segment(bundles: dict[str, Path], kind: str) -> None:
+    report = build_engines(bundles[kind], BuildOptions())
+    assert [plan.segment for plan in report.segments] == [0, 1, 2]
+    assert all(plan.bytes > 0 and plan.fp16_share > 0 for plan in report.segments)
+
+
+def test_a_regression_is_decided_by_its_confidence_alone(bundles: dict[str, Path]) -> None:
+    feed = {name: tensor.numpy() for name, tensor in inputs_of("regression", 6).items()}
+    with Runner.open(bundles["regression"]) as runner:
+        trace = runner.record([feed])
+        np.testing.assert_array_equal(trace.scores, np.broadcast_to(np.float32([0, 0, 1]), (6, 3, 3)))
+        assert (trace.predictions == 0).all()
+        for policy in (
+            Policy.thresholds("max_prob", [0.5, 0.5]),
+            Policy(patience=2),
+            Policy(sources={"mail": Policy.thresholds("margin", [0.1, None])}),
+        ):
+            with pytest.raises(
+                OptionError, match="a regression, which has no classes; expected thresholds on 'learned'"
+            ):
+                runner.policy = policy
+        runner.policy = Policy.thresholds("max_prob", [None, None])
+    with pytest.raises(DataError, match="a trace of a regression"):
+        right_rows(trace, "full_depth")
+
+
+class Values(nn.Module):
+    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+        return features[:, :1], features[:, :1] * 2
+
+
+def test_a_single_number_without_a_confidence_is_no_exit(tmp_path: Path) -> None:
+    source = source_from_model("values", Values(), Example({"features": torch.rand(4, 3)}), DEFAULT_OPSET)
+    with pytest.raises(CutError, match=r"a binary exit needs two logits, such as .*a regression learned confidences"):
+        export_bundle(source, tmp_path / "bundle", ExportOptions("fp32"))
