@@ -1,7 +1,6 @@
 """The bundle: the directory that export writes and the runtime opens. Standard library only.
 
-This module is the only reader and writer of the format (docs/bundle-format.md). It knows names, shapes,
-hashes and files; it does not know what a graph or an engine is.
+The only reader and writer of the format (docs/bundle-format.md). It knows files, not what a graph or an engine is.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from typing import Any
 from offramp.errors import BundleError, CorruptError, VersionError
 from offramp.storage import remove_file, write_file
 
-SCHEMA = 3  # 2 added ExitSpec.learned and Manifest.trims; 3 ExitSpec.retention
+SCHEMA = 3  # 2 added ExitSpec.learned, Manifest.trims; 3 retention, late inputs, states, heads, decoder
 MANIFEST = "manifest.json"
 POLICY = "policy.json"
 CERTIFICATE = "certificate.json"
@@ -26,6 +25,7 @@ ROWS = "rows"  # dimension name of the row axis, and name of the input with the 
 PREVIOUS_ROWS = "previous_rows"  # leading dimension of a carried tensor as it comes in
 INVERSE_TEMPERATURE = "inverse_temperature"
 SCORES = ("max_prob", "margin", "entropy")  # columns of the `scores` output, in order
+HIDDEN = "hidden"  # the output of a segment whose exit has a separate head, and the input of that head
 LEARNED = "learned"  # the output of an exit that has a learned confidence, and the score of that name
 RETENTION = "retention"  # the output of an exit that tells which share of a row's tokens is left
 ROW_OUTPUTS = (LEARNED, RETENTION)  # what an exit may put out after its scores, in this order: one number per row
@@ -94,11 +94,21 @@ class ExitSpec:
     num_classes: int
     learned: str = ""  # output of the whole graph with its learned confidence; empty: it has none
     retention: str = ""  # output of the whole graph with its token retention; empty: it has none
+    head: str = ""  # name of its separate head; empty: the head is in the segment
 
     @property
     def row_outputs(self) -> dict[str, str]:
         """Those of ROW_OUTPUTS that it has, in their order, with their names in the whole graph."""
         return {name: found for name in ROW_OUTPUTS if (found := getattr(self, name))}
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """What a segment makes for its later calls, to be appended along `axis` to what it is given as `past`."""
+
+    tensor: TensorSpec
+    past: str  # a late input
+    axis: int
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,30 @@ class SegmentSpec:
     carry_out: tuple[TensorSpec, ...]
     graphs: dict[str, FileRecord]  # precision -> ONNX graph
     plans: tuple[PlanRecord, ...] = ()
+    states: tuple[StateSpec, ...] = ()
+
+
+@dataclass(frozen=True)
+class HeadSpec:
+    """A head that is a graph of its own: `hidden` (rows, width), a position each, to logits, prediction and scores."""
+
+    name: str
+    width: int
+    graphs: dict[str, FileRecord]  # precision -> ONNX graph
+    plans: tuple[PlanRecord, ...] = ()
+
+
+@dataclass(frozen=True)
+class DecoderSpec:
+    """How a decoder's inputs are called, and what ends a text. Keys and values are the segments' states."""
+
+    input_ids: str  # (rows, chunk)
+    past_length: str  # (rows,): positions of the past that are there
+    active: tuple[str, ...]  # per segment after the first, (rows, ·): positions of the chunk that go on
+    chunk: str  # dimension name of the new positions
+    past: str  # dimension name of the past ones
+    max_positions: int
+    stop_tokens: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -147,15 +181,18 @@ class Manifest:
     tools: dict[str, str] = field(default_factory=dict)
     parity: dict[str, Any] = field(default_factory=dict)
     trims: dict[str, str] = field(default_factory=dict)  # precision -> dimension: its padding may be cut off
+    heads: tuple[HeadSpec, ...] = ()  # separate ones, each perhaps of several exits
+    decoder: DecoderSpec | None = None  # for a model that generates
     schema: int = SCHEMA
 
     @property
     def fingerprint(self) -> str:
         """SHA-256 over the graphs of all segments: what a policy or a trace was made for."""
         digest = hashlib.sha256()
-        for segment in self.segments:
-            for precision in sorted(segment.graphs):
-                digest.update(f"{precision}:{segment.graphs[precision].sha256}\n".encode())
+        parts = [("", segment.graphs) for segment in self.segments] + [("head ", head.graphs) for head in self.heads]
+        for kind, graphs in parts:
+            for precision in sorted(graphs):
+                digest.update(f"{kind}{precision}:{graphs[precision].sha256}\n".encode())
         return digest.hexdigest()
 
 
@@ -285,9 +322,8 @@ def add_plan(bundle: Path, index: int, plan: PlanRecord, content: bytes) -> Mani
 
 
 def _with_plans(manifest: Manifest, index: int, plans: tuple[PlanRecord, ...]) -> Manifest:
-    segments = list(manifest.segments)
-    segments[index] = replace(segments[index], plans=plans)
-    return replace(manifest, segments=tuple(segments))
+    before, segment, after = manifest.segments[:index], manifest.segments[index], manifest.segments[index + 1 :]
+    return replace(manifest, segments=(*before, replace(segment, plans=plans), *after))
 
 
 def _read(path: Path) -> bytes:
@@ -318,6 +354,9 @@ def _check_consistent(manifest: Manifest, path: Path) -> None:
         same = len(before) == len(segment.carry_in)
         if segment.index != position or not same or not names.issuperset(segment.inputs):
             raise CorruptError(f"{path}: segment {position} does not fit the one before it; export the bundle again")
+    has_pasts = all(state.past in segment.inputs for segment in segments for state in segment.states)
+    if not has_pasts or not {spec.head for spec in manifest.exits} <= {"", *(head.name for head in manifest.heads)}:
+        raise CorruptError(f"{path}: a state or an exit names what is not there; export the bundle again")
 
 
 def _decode(kind: Any, value: Any, where: str) -> Any:

@@ -8,6 +8,7 @@ from typing import Any, NoReturn
 import click
 
 from offramp.command_line.answering import bench, run
+from offramp.command_line.generating import generate
 from offramp.command_line.looking import doctor, inspect, report, verify
 from offramp.command_line.making import build_engine, export
 from offramp.command_line.placing import place
@@ -63,6 +64,7 @@ _COMMANDS = (
     place,
     calibrate,
     run,
+    generate,
     bench,
     monitor,
     inspect,

@@ -184,6 +184,16 @@ class Policy:
             leaves = leaves & (out.scores[:, _MARGIN] >= self.veto.margin)
         return Decision(leaves, rule.reason, state)
 
+    def asks(self, exit_index: int) -> str:
+        """What `decide` reads at an exit: "nothing" at a closed one, "learned" alone, or "answers", logits and all.
+
+        Where an exit's head is dear, and a graph of its own, it need not run before the decision unless asked.
+        """
+        rule = self._rules.get(exit_index) or self._rule(exit_index)
+        if self._remembers or self.veto.margin or (rule.reason and self.score != LEARNED):
+            return "answers"
+        return LEARNED if rule.reason else "nothing"
+
     def inverse_temperatures(self, num_exits: int) -> NDArray[np.float32]:
         """1 / temperature of every exit, (E,) float32."""
         if not self.temperatures:

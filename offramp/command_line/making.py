@@ -15,6 +15,7 @@ from offramp.command_line.options import (
     names_from_text,
     print_result,
     steps_on_stderr,
+    whole_numbers_from_text,
 )
 from offramp.errors import OptionError
 
@@ -37,23 +38,31 @@ from offramp.errors import OptionError
 @click.option(
     "--calibration-data", default="", help="Real inputs for FP16, INT8: .npz, Polygraphy .json, .csv/.jsonl texts."
 )
+@click.option("--layers", default="", help="Exits of a decoder: after these numbers of layers, such as 8,15.")
 @click.option("--dimension", multiple=True, metavar="NAME=MIN:MAX", help="Range of a dynamic dimension of an .onnx.")
 @JSON
 def export(model: str, output: Path, exits: str, precision: str, as_json: bool, **options: Any) -> None:
     """Cut MODEL at its exits into a bundle: one verified graph per segment, in FP32 and what --precision says.
 
     MODEL is a checkpoint directory of `offramp train`, package.module:factory returning (nn.Module, Example), or
+    a Llama-like model (a .gguf file or a `transformers` directory; exits by --layers), or
     an .onnx file whose outputs named by --exits are the exits and whose inputs have the rows on axis 0. Exits may have
     a learned confidence, the probability that they are right, and a token retention: a torch model returns them, for
     an .onnx pass --learned and --retention.
     """
     from offramp.bundle import ROW_OUTPUTS
+    from offramp.commands.decoders import export_llama, is_decoder
     from offramp.commands.sources import source_from_argument
     from offramp.export.export_bundle import ExportOptions, check_target, export_bundle
 
     lowering = ExportOptions(precision, options["atol"], options["rtol"])
     check_target(output)
     steps = steps_on_stderr(not as_json)
+    if is_decoder(Path(model)):
+        layers = whole_numbers_from_text(options["layers"], "--layers") if options["layers"] else ()
+        manifest = export_llama(Path(model), output, layers, lowering, steps)
+        _print_exported(output, manifest.parity["rows"], as_json)
+        return
     steps("capturing")
     ranges = _dimension_ranges(options["dimension"])
     row_outputs = {kind: names_from_text(options[kind]) for kind in ROW_OUTPUTS}
@@ -61,10 +70,15 @@ def export(model: str, output: Path, exits: str, precision: str, as_json: bool, 
         model, names_from_text(exits), options["opset"], options["calibration_data"], ranges, row_outputs
     )
     manifest = export_bundle(source, output, lowering, steps)
+    _print_exported(output, manifest.parity["rows"], as_json)
+
+
+def _print_exported(output: Path, rows: int, as_json: bool) -> None:
     from offramp.commands.inspection import describe_bundle
 
-    lines = [f"{output}: {len(manifest.segments)} segments, verified on {manifest.parity['rows']} rows"]
-    print_result(as_json, describe_bundle(output), [*lines, f"next: offramp build-engine {output}"])
+    found = describe_bundle(output)
+    lines = [f"{output}: {len(found['segments'])} segments, verified on {rows} rows"]
+    print_result(as_json, found, [*lines, f"next: offramp build-engine {output}"])
 
 
 @click.command("build-engine")

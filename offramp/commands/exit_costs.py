@@ -36,6 +36,7 @@ from offramp.export.attention import fused_from_segment
 from offramp.export.cut import CutModel, probed_graph, segments_from_probed
 from offramp.export.export_bundle import reference_path
 from offramp.export.recut import source_from_bundle, with_exits
+from offramp.export.roles import Roles
 from offramp.policy import Policy
 from offramp.runtime import Runner
 from offramp.runtime.backends import ONNXRUNTIME
@@ -188,11 +189,12 @@ class _Variants:
         manifest = load_manifest(bundle)
         whole = load_reference(bundle, manifest)
         source = source_from_bundle(bundle, manifest, whole)
-        probed = probed_graph(whole, source.exits, source.inputs, source.dimensions, source.example, source.row_outputs)
+        roles = Roles(source.row_outputs, source.late)
+        probed = probed_graph(whole, source.exits, source.inputs, source.dimensions, source.example, roles)
 
         def cut_at(kept: Sequence[int]) -> CutModel:
             chosen = with_exits(source, kept)
-            return segments_from_probed(probed, chosen.exits, chosen.row_outputs)
+            return segments_from_probed(probed, chosen.exits, roles)
 
         segments = [onnx.load_model_from_string(read_file(bundle, s.graphs["fp32"])) for s in manifest.segments]
         is_fused = any(node.op_type == "MultiHeadAttention" for model in segments for node in model.graph.node)

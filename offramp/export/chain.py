@@ -44,8 +44,10 @@ def open_session(model: ModelProto) -> ort.InferenceSession:
 
 
 class Interface(Protocol):
-    """What a segment takes over and hands on: a cut Segment, or a SegmentSpec of a manifest."""
+    """What a segment is given, takes over and hands on: a cut Segment, or a SegmentSpec of a manifest."""
 
+    @property
+    def inputs(self) -> tuple[str, ...]: ...
     @property
     def carry_in(self) -> tuple[TensorSpec, ...]: ...
     @property
@@ -67,8 +69,10 @@ class Chain:
         """All outputs of one segment at temperature 1, by name."""
         session = self.sessions[index]
         names = [output.name for output in session.get_outputs()]
+        if any(given.name == INVERSE_TEMPERATURE for given in session.get_inputs()):
+            feed = {**feed, INVERSE_TEMPERATURE: np.array(1, np.float32)}
         try:
-            values = session.run(names, {**feed, INVERSE_TEMPERATURE: np.array(1, np.float32)})
+            values = session.run(names, feed)
         except Exception as exc:
             raise ParityError(f"ONNX Runtime does not run segment {index}: {exc}; please report this model") from exc
         return dict(zip(names, values, strict=True))
@@ -84,11 +88,14 @@ class Chain:
         survivors: Callable[[int, Arrays], NDArray[np.int64]] = lambda _, out: np.arange(len(out["prediction"])),
     ) -> list[tuple[Arrays, Arrays]]:
         """(feed, outputs) of every segment; `survivors` chooses the positions that go on after each."""
-        feed = dict(inputs)
+        feed = {name: inputs[name] for name in self.segments[0].inputs}
+        late = dict(inputs)
         done = []
         for index in range(len(self.sessions)):
             out = self.run_segment(index, feed)
             done.append((feed, out))
             if index + 1 < len(self.sessions):
-                feed = self.feed(index + 1, out, survivors(index, out))
+                rows = survivors(index, out)
+                late = {name: late[name][rows] for segment in self.segments[index + 1 :] for name in segment.inputs}
+                feed = self.feed(index + 1, out, rows) | {name: late[name] for name in self.segments[index + 1].inputs}
         return done

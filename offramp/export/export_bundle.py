@@ -34,6 +34,7 @@ from offramp.export.graph import GraphView, weight_share
 from offramp.export.lower import fp16_from_segment
 from offramp.export.probe import run_tensors
 from offramp.export.quantize import int8_from_segment
+from offramp.export.roles import Roles
 from offramp.export.sizes import resize_inputs
 from offramp.export.source import ModelSource
 from offramp.export.trim import verified_trims
@@ -101,9 +102,8 @@ def export_bundle(
     """
     check_target(bundle)
     progress("cutting")
-    cut = segments_from_graph(
-        source.graph, source.exits, source.inputs, source.dimensions, source.example, source.row_outputs
-    )
+    roles = Roles(source.row_outputs, source.late)
+    cut = segments_from_graph(source.graph, source.exits, source.inputs, source.dimensions, source.example, roles)
     dimensions = _ranges(source, cut)
     batches = source.calibration[:_VERIFIED_BATCHES]
     progress("verifying FP32")
@@ -244,7 +244,7 @@ def _manifest(
     segments = tuple(
         SegmentSpec(
             index=segment.index,
-            inputs=tuple(spec.name for spec in source.inputs) if segment.index == 0 else (),
+            inputs=segment.inputs,
             carry_in=segment.carry_in,
             carry_out=segment.carry_out,
             graphs={precision: records[segment.index][0] for precision, records in files.items()},
@@ -265,7 +265,7 @@ def _manifest(
         reference_sha256=reference.sha256,
         labels=source.labels,
         text=text,
-        tools=_tool_versions(),
+        tools=tool_versions(),
         parity=parity.figures(),
     )
 
@@ -274,7 +274,7 @@ def _exit_specs(source: ModelSource, cut: CutModel) -> tuple[ExitSpec, ...]:
     return tuple(ExitSpec(name, cut.num_classes, **source.row_outputs.get(name, {})) for name in source.exits)
 
 
-def _tool_versions() -> dict[str, str]:
+def tool_versions() -> dict[str, str]:
     versions = {}
     for name in _TOOLS:
         try:
@@ -292,23 +292,28 @@ def _write(
     whole: bytes,
     extras: Extras,
 ) -> None:
-    """Write both, then move the bundle into place, then the reference: nothing moves before all is written."""
+    contents = {record.path: content for records in files.values() for record, content in records}
+    if source.text:
+        contents["tokenizer.json"] = source.text.tokenizer
+    contents[POLICY] = extras.policy.to_json().encode()
+    contents |= {f"reports/{name}": content for name, content in extras.reports.items()}
+    write_bundle(bundle, manifest, contents, whole, source.calibration)
+
+
+def write_bundle(
+    bundle: Path, manifest: Manifest, contents: Mapping[str, bytes], whole: bytes, batches: Sequence[Arrays]
+) -> None:
+    """Write bundle and reference, then move the bundle into place, then the reference; nothing moves before.
+
+    `contents` maps paths in the bundle to bytes, the manifest apart. Raises StorageError.
+    """
     with staged_directory(reference_path(bundle)) as beside, staged_directory(bundle) as staging:
         (beside / WHOLE).write_bytes(whole)
-        np.savez(beside / INPUTS, allow_pickle=False, **source.calibration[0])
-        _save_calibration(beside / CALIBRATION, source.calibration)
-        for records in files.values():
-            for record, content in records:
-                path = staging / record.path
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
-        if source.text:
-            (staging / "tokenizer.json").write_bytes(source.text.tokenizer)
-        (staging / POLICY).write_bytes(extras.policy.to_json().encode())
-        for name, content in extras.reports.items():
-            (staging / "reports").mkdir(exist_ok=True)
-            (staging / "reports" / name).write_bytes(content)
-        (staging / MANIFEST).write_bytes(manifest_bytes(manifest))
+        np.savez(beside / INPUTS, allow_pickle=False, **batches[0])
+        _save_calibration(beside / CALIBRATION, batches)
+        for name, content in {**contents, MANIFEST: manifest_bytes(manifest)}.items():
+            (staging / name).parent.mkdir(parents=True, exist_ok=True)
+            (staging / name).write_bytes(content)
 
 
 def _save_calibration(path: Path, batches: Sequence[Arrays]) -> None:

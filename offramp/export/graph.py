@@ -104,6 +104,18 @@ class GraphView:
                 data.update(node.output)
         return frozenset(data - {""}), frozenset(shaped - {""})
 
+    def made_from(self, inputs: Sequence[str]) -> frozenset[str]:
+        """Tensors whose values are decided by `inputs`, and by none of the other inputs; shapes do not count."""
+        mine, others = set(inputs), set(self.input_names) - set(inputs)
+        for node, reads in zip(self.nodes, self.reads, strict=True):
+            if node.op_type in ("Shape", "Size"):
+                continue
+            if not others.isdisjoint(reads):
+                others.update(node.output)
+            elif not mine.isdisjoint(reads):
+                mine.update(node.output)
+        return frozenset(mine - {""})
+
     def upstream(
         self, tensors: Iterable[str], reads: Sequence[Sequence[str]], stop: frozenset[str] = frozenset()
     ) -> frozenset[int]:

@@ -36,6 +36,7 @@ def source_from_bundle(bundle: Path, manifest: Manifest, whole: ModelProto) -> M
         labels=manifest.labels,
         text=text,
         row_outputs={spec.name: spec.row_outputs for spec in manifest.exits},
+        late=tuple(dict.fromkeys(name for segment in manifest.segments[1:] for name in segment.inputs)),
     )
 
 

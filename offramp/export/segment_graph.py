@@ -11,6 +11,7 @@ import numpy as np
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto, checker, helper, numpy_helper
 
 from offramp.bundle import (
+    HIDDEN,
     INVERSE_TEMPERATURE,
     PREVIOUS_ROWS,
     ROW_OUTPUTS,
@@ -43,10 +44,17 @@ class SegmentPlan:
     rerun: frozenset[int]
     sources: dict[int, tuple[Source, ...]] = field(default_factory=dict)  # Shape node -> where its lengths are
     unresolved: frozenset[int] = frozenset()  # Shape nodes whose lengths nothing at hand has
+    inputs: tuple[str, ...] = ()  # model inputs that it is given
+    states: tuple[str, ...] = ()  # those of its outputs that are made for later calls, under their own names
+
+    @property
+    def has_separate_head(self) -> bool:
+        """Does it put out what another graph makes logits of?"""
+        return HIDDEN in self.outputs
 
     def with_sources(self, view: GraphView, probe: Probe) -> SegmentPlan:
         """The plan with a source for every length that is taken of a tensor which this segment lacks."""
-        given = self.carried_in if self.index else view.input_names
+        given = (*self.carried_in, *self.inputs)
         at_hand = {name for index in self.nodes for name in view.nodes[index].output} | set(given)
         sources: dict[int, tuple[Source, ...]] = {}
         unresolved = set()
@@ -82,6 +90,16 @@ def carry_specs(probe: Probe, names: Sequence[str], prefix: str, rows: str) -> t
     return tuple(specs)
 
 
+def state_specs(probe: Probe, names: Sequence[str]) -> tuple[TensorSpec, ...]:
+    """The interface of states, under their own names. Raises CutError for one without rows on its first axis."""
+    for name in names:
+        if probe.tensors[name].row_axis != 0:
+            raise CutError(
+                f"state {name!r} of shape {probe.shape(name)}: expected one whose first axis is the row axis"
+            )
+    return tuple(TensorSpec(name, probe.tensors[name].dtype, probe.shape(name)) for name in names)
+
+
 def segment_graph(
     view: GraphView, probe: Probe, plan: SegmentPlan, inputs: Sequence[InputSpec], num_classes: int
 ) -> ModelProto:
@@ -91,7 +109,11 @@ def segment_graph(
     """
     carry_in = carry_specs(probe, plan.carried_in, "carry_in", PREVIOUS_ROWS)
     carry_out = carry_specs(probe, plan.carried, "carry_out", ROWS)
-    outputs = {LOGITS: plan.outputs[LOGITS]}
+    states = state_specs(probe, plan.states)
+    said = {name: tensor for name, tensor in plan.outputs.items() if name in (LOGITS, HIDDEN)}
+    if plan.has_separate_head:
+        said |= {kind: plan.outputs[kind] for kind in _row_outputs(plan)}
+    outputs = said | {name: name for name in plan.states}
     outputs |= {spec.name: name for spec, name in zip(carry_out, plan.carried, strict=True)}
     names = _names(view, probe, plan, outputs)
     head_nodes, head_constants = _head(probe, plan, names, num_classes, view.opset)
@@ -102,32 +124,79 @@ def segment_graph(
             nodes += _shape_nodes(view.nodes[index], plan.sources[index], names, constants, view.opset)
         else:
             nodes.append(rename_tensors(view.nodes[index], names))
-    nodes += [_output_node(probe, name, names, output) for output, name in outputs.items() if names.get(name) != output]
-    used = {name for node in nodes for name in read_names(node)}
-    initializers = [
-        _renamed(tensor, names.get(name, name))
-        for name, tensor in view.initializers.items()
-        if names.get(name, name) in used
+    nodes += [
+        _output_node(probe, name, names, output) for output, name in outputs.items() if names.get(name, name) != output
     ]
     graph = GraphProto(
         name=f"segment_{plan.index:02d}",
         node=[*nodes, *head_nodes],
-        initializer=[*initializers, *constants.values(), *head_constants],
-        input=[*_input_values(plan, inputs, carry_in), _value(INVERSE_TEMPERATURE, "float32", ())],
-        output=[
-            *(_value(spec.name, spec.dtype, spec.shape) for spec in carry_out),
-            *_answer_values(num_classes, _row_outputs(plan)),
-        ],
+        initializer=[*_weights(view, nodes, names), *constants.values(), *head_constants],
+        input=_input_values(plan, inputs, carry_in),
+        output=[_value(spec.name, spec.dtype, spec.shape) for spec in (*carry_out, *states)],
         value_info=_inner_values(view, probe, nodes, names, set(outputs)),
     )
+    if plan.has_separate_head:
+        graph.output.extend(_value(name, "float32", probe.shape(tensor)) for name, tensor in said.items())
+    else:
+        graph.output.extend(_answer_values(num_classes, _row_outputs(plan)))
     simplify_graph(graph)
     return _finish(view.model, graph)
+
+
+def head_graph(view: GraphView, probe: Probe, exit_and_hidden: tuple[str, str], num_classes: int) -> ModelProto:
+    """A separate head: from `hidden` (rows, width), a position each, to what any exit says. Raises CutError."""
+    name, hidden = exit_and_hidden
+    indices = view.upstream([name], view.reads, frozenset({hidden}))
+    read = {tensor for index in indices for tensor in view.reads[index]}
+    if needed := sorted(read & set(view.input_names)):
+        raise CutError(f"exit {name!r} has a separate head on {hidden!r} but reads {', '.join(needed)} besides")
+    # Named by position, so that exits with the same head have the same graph.
+    made = [hidden, *(made for index in sorted(indices) for made in view.nodes[index].output)]
+    weights = [tensor for index in sorted(indices) for tensor in view.reads[index] if tensor in view.initializers]
+    names = {tensor: f"head/{position}" for position, tensor in enumerate(dict.fromkeys([*made, *weights]))}
+    nodes, constants = score_head(num_classes, view.opset)
+    as_rows = numpy_helper.from_array(np.array([-1, num_classes], np.int64), f"{PREFIX}one_position_a_row")
+    middle = numpy_helper.from_array(np.array([1], np.int64), f"{PREFIX}position_axis")
+    body = [rename_tensors(view.nodes[index], names) for index in sorted(indices)]
+    for position, node in enumerate(body):
+        node.name = f"head/{node.op_type}/{position}"
+    flat = f"{PREFIX}flat" if probe.tensors[name].dtype != "float32" else LOGITS
+    body = [
+        helper.make_node("Unsqueeze", [HIDDEN, middle.name], [names[hidden]], f"{PREFIX}Unsqueeze"),
+        *body,
+        helper.make_node("Reshape", [names[name], as_rows.name], [flat], f"{PREFIX}Reshape/logits"),
+    ]
+    if flat != LOGITS:
+        body.append(helper.make_node("Cast", [flat], [LOGITS], f"{PREFIX}Cast/logits", to=TensorProto.FLOAT))
+    graph = GraphProto(
+        name="head",
+        node=[*body, *nodes],
+        initializer=[*_weights(view, body, names), as_rows, middle, *constants],
+        input=[
+            _value(HIDDEN, probe.tensors[hidden].dtype, (ROWS, probe.shape(hidden)[-1])),
+            _value(INVERSE_TEMPERATURE, "float32", ()),
+        ],
+        output=_answer_values(num_classes, ()),
+    )
+    return _finish(view.model, graph)
+
+
+def _weights(view: GraphView, nodes: Sequence[NodeProto], names: Mapping[str, str]) -> list[TensorProto]:
+    """The constants that `nodes` read, under their new names."""
+    used = {name for node in nodes for name in read_names(node)}
+    return [
+        _renamed(tensor, names.get(name, name))
+        for name, tensor in view.initializers.items()
+        if names.get(name, name) in used
+    ]
 
 
 def _head(
     probe: Probe, plan: SegmentPlan, names: Mapping[str, str], num_classes: int, opset: int
 ) -> tuple[list[NodeProto], list[TensorProto]]:
     """What turns the exit's own outputs into those of the contract."""
+    if plan.has_separate_head:
+        return [], []
     nodes, constants = score_head(num_classes, opset)
     for kind in _row_outputs(plan):
         tensor = plan.outputs[kind]
@@ -144,7 +213,7 @@ def _names(view: GraphView, probe: Probe, plan: SegmentPlan, outputs: Mapping[st
     """New names for tensors of the whole graph: those that the contract asks for, and others that are in its way."""
     carries = {f"carry_{way}_{position}" for way in ("in", "out") for position in range(len(view.producer))}
     reserved = {LOGITS, "prediction", "scores", ROWS, INVERSE_TEMPERATURE, *(carries & view.names)}
-    reserved |= set(_row_outputs(plan))
+    reserved |= {HIDDEN, *_row_outputs(plan)} if plan.has_separate_head else set(_row_outputs(plan))
     if taken := reserved.intersection(view.input_names):
         raise CutError(f"model input {', '.join(sorted(taken))}: offramp uses this name itself; rename the input")
     names = {}
@@ -152,6 +221,7 @@ def _names(view: GraphView, probe: Probe, plan: SegmentPlan, outputs: Mapping[st
         free = next(text for count in itertools.count() if (text := f"{name}:{count}") not in view.names)
         names[name] = free
     made = {name for index in plan.nodes for name in view.nodes[index].output} | set(plan.carried_in)
+    made -= set(plan.states)  # they keep their names
     named: dict[str, str] = {}
     for output, name in outputs.items():
         if name in made and name not in named and not _output_operator(probe, name, output):
@@ -193,7 +263,7 @@ def _output_node(probe: Probe, name: str, names: Mapping[str, str], output: str)
 def _output_operator(probe: Probe, name: str, output: str) -> str:
     """What has to be done to a tensor to become an output of the contract; empty when nothing has."""
     facts = probe.tensors[name]
-    if output == LOGITS:
+    if output in (LOGITS, HIDDEN, *ROW_OUTPUTS):
         return "" if facts.dtype == "float32" else "Cast"
     return "Transpose" if facts.row_axis else ""
 
@@ -246,10 +316,10 @@ def laws_taken(probe: Probe, node: NodeProto) -> tuple[tuple[int, ...], ...]:
 def _input_values(
     plan: SegmentPlan, inputs: Sequence[InputSpec], carry_in: Sequence[TensorSpec]
 ) -> list[ValueInfoProto]:
-    if plan.index == 0:
-        return [_value(spec.name, spec.dtype, spec.shape) for spec in inputs]
-    carried = [_value(spec.name, spec.dtype, spec.shape) for spec in carry_in]
-    return [_value(ROWS, "int64", (ROWS,)), *carried]
+    values = [_value(ROWS, "int64", (ROWS,))] if plan.index else []
+    values += [_value(spec.name, spec.dtype, spec.shape) for spec in carry_in]
+    values += [_value(spec.name, spec.dtype, spec.shape) for spec in inputs if spec.name in plan.inputs]
+    return values if plan.has_separate_head else [*values, _value(INVERSE_TEMPERATURE, "float32", ())]
 
 
 def _answer_values(num_classes: int, row_outputs: Sequence[str]) -> list[ValueInfoProto]:

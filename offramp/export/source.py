@@ -57,6 +57,7 @@ class ModelSource:
     labels: tuple[str, ...] = ()
     text: TextSource | None = None
     row_outputs: RowOutputs = field(default_factory=dict)  # of the exits that have some
+    late: tuple[str, ...] = ()  # inputs given to the segments that read them, never carried (export/roles.py)
 
 
 def source_from_model(name: str, model: Any, example: Example, opset: int, exits: Sequence[str] = ()) -> ModelSource:

@@ -29,6 +29,8 @@ def trimmable(inputs: Sequence[InputSpec], segments: Sequence[Interface]) -> tup
     masks = [spec for spec in inputs if spec.is_mask]
     if len(masks) != 1 or len(masks[0].shape) != 2 or not isinstance(dimension := masks[0].shape[1], str):
         return "", f"{len(masks)} masks, expected one of shape (rows, a dimension)"
+    if any(part.inputs for part in segments[1:]):
+        return "", "later segments have inputs of their own"
     shapes = {spec.name: spec.shape for spec in inputs}
     shapes |= {f"{spec.name} of segment {k}": spec.shape for k, part in enumerate(segments) for spec in part.carry_out}
     for name, shape in shapes.items():

@@ -45,7 +45,10 @@ _DTYPES = {  # ONNX Runtime's name of a tensor type -> numpy's
 
 
 class OnnxRuntimeEngine:
-    """One segment in one InferenceSession; its carry is a list of numpy arrays."""
+    """One segment in one InferenceSession; its carry is a list of numpy arrays.
+
+    Late inputs of later segments go beside the graph: they are the last arrays of a carry.
+    """
 
     keeps_carries = True
 
@@ -58,18 +61,27 @@ class OnnxRuntimeEngine:
         self._outputs = [tensor.name for tensor in _expected_outputs(segment, exit_spec)]
         self._num_carried = len(segment.carry_out)
         self._has_gap = list(exit_spec.row_outputs) != list(ROW_OUTPUTS[: len(exit_spec.row_outputs)])
-        self._carry_shapes = [tensor.shape for tensor in segment.carry_in]
         self._input_shapes = {spec.name: spec.shape for spec in manifest.inputs}
+        self._late_in = _late_inputs(manifest, index)
+        self._late_out = _late_inputs(manifest, index + 1)
+        late_shapes = [self._input_shapes[name] for name in self._late_in]
+        self._carry_shapes = [tensor.shape for tensor in segment.carry_in] + late_shapes
 
     def run(self, carry: Any, rows: NDArray[np.int64], inverse_temperature: np.float32) -> SegmentOutput:
         """See Engine.run. Raises BackendError when ONNX Runtime fails or the engine is closed."""
         if self._session is None:
             raise BackendError(f"running segment {self._index}: the engine is closed; open the bundle again")
+        late: dict[str, NDArray[Any]] = {}
         if self._index:
-            feed = dict(zip(self._carry_names, carry, strict=True))
+            feed = dict(zip(self._carry_names, carry, strict=not self._late_in))
             feed[ROWS] = rows
+            if self._late_in:
+                beside = carry[len(self._carry_names) :]
+                late = {name: array[rows] for name, array in zip(self._late_in, beside, strict=True)}
+                feed |= {name: late[name] for name in self._model_inputs}
         else:
             feed = {name: carry[name] for name in self._model_inputs}
+            late = carry
         feed[INVERSE_TEMPERATURE] = np.asarray(inverse_temperature)  # a 0-d array: it takes no numpy scalar
         try:
             values = self._session.run(self._outputs, feed)
@@ -80,7 +92,8 @@ class OnnxRuntimeEngine:
             ) from exc
         if self._has_gap:  # retention, and no learned confidence before it
             values.insert(-1, None)
-        return SegmentOutput(values[: self._num_carried], *values[self._num_carried :])
+        handed = values[: self._num_carried] + [late[name] for name in self._late_out]
+        return SegmentOutput(handed, *values[self._num_carried :])
 
     def trimmed(self, carry: Any, dimension: str, size: int) -> Any:
         """See Engine.trimmed: views of the arrays, which ONNX Runtime copies."""
@@ -108,6 +121,24 @@ class OnnxRuntimeEngine:
         self._session = None
 
 
+class OnnxRuntimeGraph:
+    """One graph in one InferenceSession, names to arrays and back: what a decoder is made of."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, name: str) -> None:
+        self._session, self._name = session, name
+
+    def run(self, outputs: Sequence[str], feed: dict[str, NDArray[Any]]) -> list[NDArray[Any]]:
+        """The outputs of these names. Raises BackendError."""
+        try:
+            values: list[NDArray[Any]] = self._session.run(outputs, feed)
+        except Exception as exc:  # ONNX Runtime's errors have no common base below Exception
+            shapes = ", ".join(f"{name} {array.shape}" for name, array in feed.items())
+            raise BackendError(
+                f"running {self._name} of a decoder with ONNX Runtime {onnxruntime.__version__} on {shapes}: {exc}"
+            ) from exc
+        return values
+
+
 def open_onnxruntime_engines(bundle: Path, manifest: Manifest, precision: str, threads: int) -> list[OnnxRuntimeEngine]:
     """One engine per segment, from the graphs of `precision`; `threads=0` is ONNX Runtime's default.
 
@@ -122,12 +153,6 @@ def _engine_from_segment(
     bundle: Path, manifest: Manifest, index: int, precision: str, threads: int
 ) -> OnnxRuntimeEngine:
     segment, exit_spec = manifest.segments[index], manifest.exits[index]
-    if segment.index and segment.inputs:
-        raise BundleError(
-            f"opening segment {segment.index} of {bundle}: it reads the model inputs "
-            f"{', '.join(segment.inputs)}, which this version cannot give to a later segment; "
-            f"upgrade with `pip install -U offramp`"
-        )
     record = segment.graphs.get(precision)
     if record is None:
         raise OptionError(
@@ -139,6 +164,12 @@ def _engine_from_segment(
     _check_tensors(session.get_inputs(), _expected_inputs(session.get_inputs(), segment), f"{place}: input")
     _check_tensors(session.get_outputs(), _expected_outputs(segment, exit_spec), f"{place}: output")
     return OnnxRuntimeEngine(session, manifest, index)
+
+
+def _late_inputs(manifest: Manifest, index: int) -> list[str]:
+    """Model inputs that segment `index` >= 1 or one after it is given directly, in the model's order."""
+    read = {name for segment in manifest.segments[max(index, 1) :] for name in segment.inputs} if index else set()
+    return [spec.name for spec in manifest.inputs if spec.name in read]
 
 
 def _first(size: int, dimension: str, shape: tuple[Dimension, ...]) -> tuple[slice, ...]:
@@ -181,9 +212,10 @@ def _session_options(threads: int) -> onnxruntime.SessionOptions:
 def _expected_inputs(got: list[Any], segment: SegmentSpec) -> tuple[TensorSpec, ...]:
     """The inputs of the segment contract; the model's own are the manifest's affair, checked per request."""
     temperature = TensorSpec(INVERSE_TEMPERATURE, "float32", ())
-    if segment.index:
-        return (TensorSpec(ROWS, "int64", (ROWS,)), *segment.carry_in, temperature)
-    return (*(_spec_from_node(node) for node in got if node.name in segment.inputs), temperature)
+    nodes = {node.name: node for node in got}
+    specs = [_spec_from_node(nodes[name]) if name in nodes else TensorSpec(name, "", ()) for name in segment.inputs]
+    given = (*specs, temperature)
+    return (TensorSpec(ROWS, "int64", (ROWS,)), *segment.carry_in, *given) if segment.index else given
 
 
 def _expected_outputs(segment: SegmentSpec, exit_spec: ExitSpec) -> tuple[TensorSpec, ...]:

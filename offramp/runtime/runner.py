@@ -125,6 +125,8 @@ class Runner:
         """
         path = Path(bundle)
         manifest = load_manifest(path)
+        if manifest.decoder:
+            raise BundleError(f"bundle {manifest.name!r} is a decoder: open it with `Generator.open`")
         chosen = Policy.from_json(read_policy(path, manifest)) if policy is None else policy
         _check_policy(chosen, manifest)
         tokenizer = read_file(path, manifest.text.tokenizer) if manifest.text else b""

@@ -70,6 +70,36 @@ class TextEncoder:
         return next((int(token_id) for token_id in found if token_id is not None), 0)
 
 
+class Detokenizer:
+    """Texts to token ids and back, for a decoder: no padding, no truncation. Raises BackendError, BundleError."""
+
+    def __init__(self, content: bytes) -> None:
+        """`content` is the verified tokenizer file of the bundle."""
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as exc:
+            raise BackendError(
+                "reading and writing text needs the `tokenizers` package, which is not installed here; "
+                "run `pip install 'offramp[text]'`"
+            ) from exc
+        try:
+            self._tokenizer = Tokenizer.from_buffer(content)
+        except Exception as exc:  # tokenizers raises plain Exception
+            raise BundleError(f"parsing the tokenizer: {exc}; export the bundle again") from exc
+        self._tokenizer.no_padding()
+        self._tokenizer.no_truncation()
+
+    def encode(self, text: str) -> list[int]:
+        """The token ids of `text`."""
+        ids: list[int] = self._tokenizer.encode(text).ids
+        return ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text of token ids, without special tokens."""
+        text: str = self._tokenizer.decode(list(tokens))
+        return text
+
+
 def _minimum_length(spec: TextSpec, manifest: Manifest) -> int:
     """The shortest sequence the bundle takes; shorter texts are padded to it."""
     for tensor in manifest.inputs:

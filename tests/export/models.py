@@ -320,3 +320,25 @@ def odd_outputs() -> tuple[nn.Module, Example]:
 
 def batch_normalised() -> tuple[nn.Module, Example]:
     return with_fixed_weights(BatchNormalised()), Example({"features": waves(6, 6)})
+
+
+class LateBias(nn.Module):
+    """Two exits; `shift` (N, 4) is read after the first one only, `scale` (N,) by both, and both may be late."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(7)
+        self.first, self.second = nn.Linear(6, 8), nn.Linear(8, 8)
+        self.mix, self.heads = nn.Linear(4, 8), nn.ModuleList([nn.Linear(8, 3), nn.Linear(8, 3)])
+
+    def forward(self, x: Tensor, scale: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        factor = (scale * 2 + 1)[:, None]
+        hidden = self.first(x).relu() * factor
+        deeper = self.second(hidden + self.mix(shift)).relu() * factor
+        return self.heads[0](hidden), self.heads[1](deeper)
+
+
+def late_bias() -> tuple[nn.Module, Example]:
+    generator = torch.Generator().manual_seed(1)
+    shapes = {"x": (4, 6), "scale": (4,), "shift": (4, 4)}
+    return LateBias(), Example({name: torch.rand(*shape, generator=generator) for name, shape in shapes.items()})

@@ -1,0 +1,70 @@
+"""Commands for decoders: generate."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import click
+
+from offramp.command_line.options import BUNDLE, JSON, THREADS, print_result
+from offramp.errors import OptionError
+
+
+@click.command()
+@BUNDLE
+@click.option("--prompt", "prompts", multiple=True, required=True, help="Text to continue; several are batched.")
+@click.option("--max-new-tokens", default=128, show_default=True, type=click.IntRange(min=1))
+@click.option(
+    "--mode",
+    type=click.Choice(["deferred", "copy", "lossless"]),
+    default="deferred",
+    show_default=True,
+    help="Layers that a token skipped: filled exactly when needed; from its state at the exit; or proposed tokens are "
+    "verified, which gives the text of full depth.",
+)
+@click.option("--draft", default=4, show_default=True, help="Tokens proposed at once (lossless).")
+@click.option(
+    "--threshold", default="", metavar="T[,T…]", help="Max. probability per exit, - closes it.  [the bundle's]"
+)
+@click.option("--temperature", default=0.0, show_default="greedy")
+@click.option("--top-k", default=0, show_default="all")
+@click.option("--top-p", default=1.0, show_default=True)
+@click.option("--seed", default=0, show_default=True)
+@click.option("--max-batch", default=0, show_default="8", help="Prompts that are continued together.")
+@click.option("--precision", default="fp32", show_default=True)
+@THREADS
+@JSON
+def generate(bundle: Path, prompts: tuple[str, ...], threshold: str, as_json: bool, **options: Any) -> None:
+    """Continue prompts with a decoder's bundle; tokens leave at the exits that its policy opens."""
+    from offramp.policy import Policy
+    from offramp.runtime.generator import GenerateOptions, Generator
+    from offramp.runtime.sampling import Sampling
+
+    policy = Policy.thresholds("max_prob", _limits(threshold)) if threshold else None
+    sampling = Sampling(options["temperature"], options["top_k"], options["top_p"], options["seed"])
+    how = GenerateOptions(options["max_new_tokens"], sampling, (), options["mode"], options["draft"])
+    opening = {name: options[name] for name in ("precision", "threads", "max_batch")}
+    with Generator.open(bundle, policy, **opening) as generator:
+        if as_json or len(prompts) > 1:
+            found = generator.generate(prompts, how)
+            print_result(as_json, [dataclasses.asdict(one) for one in found], [one.text for one in found])
+            return
+        tokens: list[int] = []
+        shown = ""
+        for token in generator.stream(prompts, how):
+            tokens.append(token.token)
+            text = generator.decode(tokens)
+            if not text.endswith("\ufffd"):  # a character of several tokens is not whole yet
+                click.echo(text[len(shown) :], nl=False)
+                shown = text
+        click.echo()
+
+
+def _limits(text: str) -> list[float | None]:
+    """Thresholds from "0.9,-,0.8"."""
+    try:
+        return [None if part.strip() == "-" else float(part) for part in text.split(",")]
+    except ValueError:
+        raise OptionError(f"--threshold {text}: expected numbers and - with commas between") from None

@@ -1,0 +1,72 @@
+"""export and generate for decoders: from a Llama-like model to a bundle, from a prompt to text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from offramp.bundle import Manifest
+from offramp.errors import DataError, OptionError
+from offramp.export.export_bundle import ExportOptions, Progress
+
+_TEXTS, _TOKENS = 4, 48  # real texts that the segments are verified on, and the tokens of each
+_VERIFYING = (  # when the caller has no text of their own: enough to compare two implementations with
+    "The harbour lay quiet in the early morning, and only the gulls were busy along the empty quays, where nets hung "
+    "out to dry and the boats of the fishermen knocked softly against the stones, waiting for the tide to turn again.",
+    "To sort a list of numbers, one can compare neighbours and exchange them where they stand in the wrong order; this "
+    "is repeated until nothing changes any more. It is easy to write and slow to run: it takes quadratic time.",
+    "Question: How many sides has a hexagon, and how large is the sum of its angles? Answer: A hexagon has six sides, "
+    "and since it can be divided into four triangles of 180 degrees each, the sum of its angles is 720 degrees.",
+    "Dear Sir, I thank you for your letter of the third of May, in which you ask whether the house by the river is "
+    "still to let. It is, and I should be glad to show it to you on any day of next week that suits you and yours.",
+)
+
+
+def is_decoder(path: Path) -> bool:
+    """Is this a .gguf file, or a directory of `transformers` with a model that generates?"""
+    if path.suffix == ".gguf":
+        return True
+    config = path / "config.json"
+    return config.is_file() and "ForCausalLM" in config.read_text(errors="replace")
+
+
+def export_llama(
+    path: Path,
+    output: Path,
+    layers: Sequence[int],
+    options: ExportOptions,
+    progress: Progress,
+    texts: Sequence[str] = (),
+) -> Manifest:
+    """Export the Llama-like model at `path` with exits after these numbers of layers (the last layer is added).
+
+    Raises DataError, ModelError, CaptureError, CutError, ParityError or StorageError.
+    """
+    from dataclasses import replace
+
+    from offramp.export.decoder_source import source_from_decoder
+    from offramp.export.export_decoder import export_decoder
+    from offramp.models.llama import decoder_from_llama, load_llama
+
+    progress("loading")
+    model, tokenizer = load_llama(path)
+    total = int(model.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
+    if any(not 0 < layer <= total for layer in layers):
+        raise OptionError(f"--layers {','.join(map(str, layers))}: the model has {total} layers; expected 1 to {total}")
+    exits = tuple(sorted({*layers, total}))
+    tokens = [tokenizer.encode(text)[:_TOKENS] for text in (texts or _VERIFYING)[:_TEXTS]]
+    if min(map(len, tokens)) < _TOKENS:
+        raise DataError(f"texts to verify with: expected at least 2, each of at least {_TOKENS} tokens")
+    progress(f"capturing {total} layers with exits after {', '.join(map(str, exits))}")
+    source = source_from_decoder(path.stem if path.suffix else path.name, decoder_from_llama(model, exits), tokens)
+    stop = {tokenizer.eos_token_id, *_as_list(model.config.eos_token_id)} - {None}  # type: ignore[union-attr, arg-type]
+    source = replace(
+        source,
+        decoder=replace(source.decoder, stop_tokens=tuple(sorted(stop))),
+        tokenizer=tokenizer.backend_tokenizer.to_str().encode(),
+    )
+    return export_decoder(source, output, options, progress)
+
+
+def _as_list(value: int | Sequence[int] | None) -> Sequence[int]:
+    return [value] if isinstance(value, int) else (value or [])

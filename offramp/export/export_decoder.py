@@ -1,0 +1,239 @@
+"""Export of a decoder: cut, lower, verify, write. Segments hand on hidden states only; heads are graphs apart."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from onnx import ModelProto, TensorProto
+
+from offramp.bundle import (
+    HIDDEN,
+    INVERSE_TEMPERATURE,
+    LEARNED,
+    POLICY,
+    ExitSpec,
+    FileRecord,
+    HeadSpec,
+    Manifest,
+    PolicyRecord,
+    SegmentSpec,
+    StateSpec,
+    TextSpec,
+    file_record,
+)
+from offramp.errors import CutError
+from offramp.export.chain import Arrays, Chain, open_session
+from offramp.export.cut import CutModel, segments_from_graph
+from offramp.export.decoder_source import DecoderSource
+from offramp.export.export_bundle import (
+    WHOLE,
+    ExportOptions,
+    Progress,
+    check_target,
+    tool_versions,
+    write_bundle,
+)
+from offramp.export.graph import weight_share
+from offramp.export.lower import fp16_from_segment
+from offramp.export.verify import Difference, Lowered, Parity, Tolerance
+from offramp.policy import Policy
+
+# Fusions on one side of a cut and products of other shapes add in another order; docs/tolerances.md.
+DECODER_TOLERANCE = Tolerance(1e-3, 1e-3)
+# FP16 rounds every value; residual streams of decoders have a few values a thousand times the others, so: by size.
+_FP16_RMS = Tolerance(float("inf"), 0, rms=2e-2)
+_STATE_AXIS = 2  # of keys and values (rows, heads, positions, width)
+
+
+@dataclass(frozen=True)
+class _Graphs:
+    """The graphs of one precision."""
+
+    segments: Sequence[ModelProto]
+    heads: Mapping[str, ModelProto]  # exit -> its head
+
+
+def export_decoder(
+    source: DecoderSource,
+    bundle: Path,
+    options: ExportOptions = ExportOptions(precision="fp32"),  # noqa: B008  (frozen)
+    progress: Progress = lambda _: None,
+) -> Manifest:
+    """Cut `source` at its exits, verify the segments, and write `bundle` and `bundle`.reference.
+
+    Raises CutError, CaptureError, ModelError, ParityError or StorageError; then nothing has been written.
+    """
+    check_target(bundle)
+    progress("cutting")
+    model = source.model
+    cut = segments_from_graph(model.graph, model.exits, model.inputs, model.dimensions, model.example, source.roles)
+    _check_carries(cut)
+    progress("verifying FP32")
+    graphs = {"fp32": _Graphs([segment.model for segment in cut.segments], cut.heads)}
+    chain = Chain.open(cut.segments, graphs["fp32"].segments)
+    parity = Parity(rows=sum(len(batch[source.decoder.past_length]) for batch in model.calibration))
+    feeds = _verify_fp32(parity, source, chain, cut)
+    parity.check()
+    if "fp16" in options.lowerings:
+        graphs["fp16"], parity.lowered["fp16"] = _lowered(cut, chain, feeds, progress)
+        parity.check()
+    progress("writing")
+    whole = model.graph.SerializeToString(deterministic=True)
+    contents, manifest = _contents(source, cut, graphs)
+    manifest = replace(manifest, reference_sha256=file_record(WHOLE, whole).sha256, parity=parity.figures())
+    write_bundle(bundle, manifest, contents, whole, model.calibration)
+    return manifest
+
+
+def _check_carries(cut: CutModel) -> None:
+    """Raise CutError unless every boundary is crossed by one tensor, a vector per position of the chunk."""
+    for segment in cut.segments[:-1]:
+        shapes = [spec.shape for spec in segment.carry_out]
+        if len(shapes) != 1 or len(shapes[0]) != 3 or not isinstance(shapes[0][2], int):
+            raise CutError(
+                f"segment {segment.index} of the decoder hands on {shapes}; expected one hidden state (rows, chunk, "
+                f"width), so that positions can wait at the exit; please report this model"
+            )
+
+
+_Feeds = list[tuple[list[Arrays], list[NDArray[np.generic]]]]  # per segment: inputs, and hidden states for its head
+
+
+def _verify_fp32(parity: Parity, source: DecoderSource, chain: Chain, cut: CutModel) -> _Feeds:
+    """Compare segments and heads with the whole graph on real inputs; returns what the segments were given."""
+    session = open_session(source.model.graph)
+    names = [value.name for value in source.model.graph.graph.output]
+    heads = {name: open_session(head) for name, head in cut.heads.items()}
+    feeds: _Feeds = [([], []) for _ in cut.segments]
+    for batch in source.model.calibration:
+        expected = dict(zip(names, session.run(names, batch), strict=True))
+        rows = np.arange(len(batch[source.decoder.past_length]))
+        for index, (feed, out) in enumerate(chain.run(batch, functools.partial(_everybody, rows))):
+            name = source.model.exits[index]
+            places = _active(source, batch, index)
+            hidden = out[HIDDEN][places]  # (P, d)
+            feeds[index][0].append(feed)
+            feeds[index][1].append(hidden)
+            said = _run_head(heads[name], hidden)
+            pairs = {f"hidden of exit {name}": (hidden, expected[source.roles.heads[name]][places])}
+            pairs[f"logits of exit {name}"] = said["logits"], expected[name][places]
+            if LEARNED in out:
+                pairs[f"gate of exit {name}"] = (
+                    out[LEARNED][places],
+                    expected[source.roles.row_outputs[name][LEARNED]][places],
+                )
+            pairs |= {
+                f"state {spec.name}": (out[spec.name], expected[spec.name]) for spec in cut.segments[index].states
+            }
+            for where, (got, wanted) in pairs.items():
+                parity.chain.update(got, wanted, DECODER_TOLERANCE, where)
+                parity.chain_bit_equal &= np.array_equal(got, wanted)
+    return feeds
+
+
+def _everybody(rows: NDArray[np.int64], _: int, __: Arrays) -> NDArray[np.int64]:
+    return rows
+
+
+def _active(source: DecoderSource, batch: Arrays, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Row and position of what is active in segment `index`: two arrays."""
+    rows, length = batch[source.decoder.input_ids].shape
+    active = batch[source.decoder.active[index - 1]] if index else np.tile(np.arange(length), (rows, 1))
+    return np.repeat(np.arange(rows), active.shape[1]), active.reshape(-1).astype(np.int64)
+
+
+def _run_head(session: object, hidden: NDArray[np.generic]) -> Arrays:
+    names = [output.name for output in session.get_outputs()]  # type: ignore[attr-defined]
+    feed = {HIDDEN: hidden, INVERSE_TEMPERATURE: np.array(1, np.float32)}
+    return dict(zip(names, session.run(names, feed), strict=True))  # type: ignore[attr-defined]
+
+
+def _lowered(cut: CutModel, chain: Chain, feeds: _Feeds, progress: Progress) -> tuple[_Graphs, Lowered]:
+    """The FP16 graphs, each compared with FP32 on the same inputs."""
+    found = Lowered([Difference() for _ in cut.segments])
+    segments: list[ModelProto] = []
+    for segment, (given, _) in zip(cut.segments, feeds, strict=True):
+        progress(f"lowering segment {segment.index} to FP16")
+        segments.append(fp16_from_segment(segment.model, given))
+        lowered = Chain.open(cut.segments[:1], segments[-1:])
+        for feed in given:
+            expected = chain.run_segment(segment.index, feed)
+            for name, value in lowered.run_segment(0, feed).items():
+                found.segments[segment.index].update(value, expected[name], _FP16_RMS, f"output {name}")
+    progress("lowering the heads to FP16")
+    heads: dict[str, ModelProto] = {}
+    done: dict[bytes, ModelProto] = {}
+    for (name, head), (_, hidden) in zip(cut.heads.items(), feeds, strict=True):
+        key = head.SerializeToString(deterministic=True)
+        if key not in done:
+            given = [{HIDDEN: states, INVERSE_TEMPERATURE: np.array(1, np.float32)} for states in hidden]
+            done[key] = fp16_from_segment(head, given)
+        heads[name] = done[key]
+        sessions = open_session(head), open_session(heads[name])
+        for states in hidden:
+            wanted, got = (_run_head(session, states) for session in sessions)
+            found.chain.update(got["logits"], wanted["logits"], _FP16_RMS, f"logits of exit {name}")
+            found.predictions_changed += int((got["prediction"] != wanted["prediction"]).sum())
+    found.weight_share = [weight_share(model, TensorProto.FLOAT16) for model in segments]
+    return _Graphs(segments, heads), found
+
+
+def _contents(source: DecoderSource, cut: CutModel, graphs: Mapping[str, _Graphs]) -> tuple[dict[str, bytes], Manifest]:
+    """All files of the bundle but policy and manifest, and the manifest. Heads with the same bytes are one."""
+    contents = {POLICY: Policy.full_depth().to_json().encode()}
+
+    def stored(path: str, model: ModelProto) -> FileRecord:
+        contents[path] = model.SerializeToString(deterministic=True)
+        return file_record(path, contents[path])
+
+    def file_name(precision: str) -> str:
+        return "model.onnx" if precision == "fp32" else f"model.{precision}.onnx"
+
+    segments = tuple(
+        SegmentSpec(
+            index=segment.index,
+            inputs=segment.inputs,
+            carry_in=segment.carry_in,
+            carry_out=segment.carry_out,
+            graphs={
+                precision: stored(f"segments/{segment.index:02d}/{file_name(precision)}", found.segments[segment.index])
+                for precision, found in graphs.items()
+            },
+            states=tuple(StateSpec(spec, source.roles.states[spec.name], _STATE_AXIS) for spec in segment.states),
+        )
+        for segment in cut.segments
+    )
+    heads: dict[bytes, HeadSpec] = {}
+    exits = []
+    for name in source.model.exits:
+        key = cut.heads[name].SerializeToString(deterministic=True)
+        if key not in heads:
+            folder = f"heads/{len(heads):02d}"
+            found = {kind: stored(f"{folder}/{file_name(kind)}", some.heads[name]) for kind, some in graphs.items()}
+            width = cut.heads[name].graph.input[0].type.tensor_type.shape.dim[1].dim_value
+            heads[key] = HeadSpec(f"head_{len(heads)}", width, found)
+        more = source.roles.row_outputs.get(name, {})
+        exits.append(ExitSpec(name, cut.num_classes, **more, head=heads[key].name))
+    text = None
+    if source.tokenizer:
+        contents["tokenizer.json"] = source.tokenizer
+        limit = source.decoder.max_positions
+        text = TextSpec(file_record("tokenizer.json", source.tokenizer), limit, source.decoder.input_ids, "")
+    return contents, Manifest(
+        name=source.model.name,
+        inputs=source.model.inputs,
+        dimensions=dict(source.model.dimensions),
+        exits=tuple(exits),
+        segments=segments,
+        policy=PolicyRecord(file_record(POLICY, contents[POLICY]).sha256),
+        reference_sha256="",
+        text=text,
+        tools=tool_versions(),
+        heads=tuple(heads.values()),
+        decoder=source.decoder,
+    )

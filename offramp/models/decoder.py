@@ -1,0 +1,250 @@
+"""A Llama-like decoder (RoPE, grouped heads, SwiGLU, RMSNorm) with exits after some of its layers.
+
+An exit is a normalisation, an optional gate (how sure, asked before the vocabulary is) and a vocabulary head. Past and
+present keys and values are plain inputs and outputs, per layer, so that whoever runs a part of the layers can keep
+them. Layers after the first exit compute queries, FFN and head for *active* positions only; positions that have left
+keep their hidden state, from which deeper layers still make keys and values (CALM, arXiv 2207.07061, section 3.3).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from offramp.errors import OptionError
+
+# Added to the scores of positions that must not be seen: finite for FP16 (models/encoder.py says why).
+MASKED_SCORE = -1e4
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """Dimensions of a decoder and where its exits are.
+
+    `exits` are numbers of layers in increasing order; layers above the last one are dropped. `gated`: every exit but
+    the final one has a gate. `tied`: the heads are the embedding table; else each exit has its own. Raises OptionError.
+    """
+
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+    kv_heads: int
+    ffn: int
+    exits: tuple[int, ...]
+    max_positions: int = 2048
+    head_width: int = 0  # 0: width / heads
+    norm_eps: float = 1e-5
+    gated: bool = False
+    tied: bool = True
+
+    def __post_init__(self) -> None:
+        increasing = all(low < high for low, high in zip((0, *self.exits), self.exits, strict=False))
+        if not self.exits or not increasing or self.exits[-1] > self.layers:
+            raise OptionError(
+                f"exits: got {self.exits}, expected numbers of layers, increasing, from 1 to {self.layers}"
+            )
+        if self.heads % self.kv_heads or (not self.head_width and self.width % self.heads):
+            raise OptionError(
+                f"decoder: got {self.heads} heads, {self.kv_heads} of keys and values, width {self.width}; expected "
+                f"multiples of each other"
+            )
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head."""
+        return self.head_width or self.width // self.heads
+
+
+class ExitSaid(NamedTuple):
+    """What one exit says about the T positions of a chunk; it means something for those active until there."""
+
+    logits: Tensor  # (N, T, V)
+    hidden: Tensor  # (N, T, d): what its vocabulary head reads
+    gate: Tensor | None  # (N, T) in [0, 1]
+
+
+class Said(NamedTuple):
+    """What a decoder says about a chunk of T new positions in each of N rows."""
+
+    exits: list[ExitSaid]
+    present: list[tuple[Tensor, Tensor]]  # per layer, keys and values of the new positions, (N, K, T, D) each
+
+
+class Places(NamedTuple):
+    """Where the positions of a chunk are, as the layers of one segment need it. Q = A x heads per key/value head."""
+
+    active: tuple[Tensor, Tensor] | None  # row (N, 1) and position (N, A) of the active ones; None: all
+    query_turn: tuple[Tensor, Tensor]  # cosines, sines: (N, A, 1, 1, D)
+    key_turn: tuple[Tensor, Tensor]  # (N, T, 1, D)
+    mask: Tensor  # (N, 1, Q, P + T): 0 or MASKED_SCORE
+
+
+class RmsNorm(nn.Module):
+    """Division by the root mean square, times a weight (arXiv 1910.07467)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        # a quotient, because ONNX Runtime then makes one operator of it
+        return self.weight * (hidden / (hidden.pow(2).mean(-1, keepdim=True) + self.eps).sqrt())
+
+
+class DecoderLayer(nn.Module):
+    """Attention and FFN of one layer; queries are scaled by head width ** -0.5 in their weights."""
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        width, head = config.width, config.head_size
+        self.kv_heads, self.group = config.kv_heads, config.heads // config.kv_heads
+        self.attention_norm = RmsNorm(width, config.norm_eps)
+        self.query = nn.Linear(width, config.heads * head, bias=False)
+        self.key = nn.Linear(width, config.kv_heads * head, bias=False)
+        self.value = nn.Linear(width, config.kv_heads * head, bias=False)
+        self.out = nn.Linear(config.heads * head, width, bias=False)
+        self.ffn_norm = RmsNorm(width, config.norm_eps)
+        self.gate = nn.Linear(width, config.ffn, bias=False)
+        self.up = nn.Linear(width, config.ffn, bias=False)
+        self.down = nn.Linear(config.ffn, width, bias=False)
+
+    def forward(
+        self, active: Tensor, chunk: Tensor, places: Places, past: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """From the active positions (N, A, d) before the layer to those after it, and the chunk's keys and values.
+
+        `chunk` (N, T, d) holds the hidden states at the last exit; active ones have gone on since. `past` has keys and
+        values (N, K, P, D).
+        """
+        normed = self.attention_norm(active if places.active is None else chunk.index_put(places.active, active))
+        keys = turned(self._heads(self.key(normed)), places.key_turn).transpose(1, 2)  # (N, K, T, D)
+        values = self._heads(self.value(normed)).transpose(1, 2)
+        queries = self.query(normed if places.active is None else normed[places.active])
+        active = active + self.out(self._attended(queries, keys, values, places, past))
+        normed = self.ffn_norm(active)
+        return active + self.down(functional.silu(self.gate(normed)) * self.up(normed)), (keys, values)
+
+    def _heads(self, projected: Tensor) -> Tensor:
+        """(N, T, K x D) to (N, T, K, D)."""
+        return projected.view(*projected.shape[:2], self.kv_heads, -1)
+
+    def _attended(
+        self, queries: Tensor, keys: Tensor, values: Tensor, places: Places, past: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Attention of queries (N, A, H x D) over past and new positions, without joining these two: (N, A, H x D).
+
+        Joining would copy all keys and values for every token. Heads that share keys are rows of one product.
+        """
+        rows, length = queries.shape[:2]
+        split = turned(queries.view(rows, length, self.kv_heads, self.group, -1), places.query_turn)  # (N, A, K, G, D)
+        together = split.transpose(1, 2).flatten(2, 3)  # (N, K, A x G, D)
+        scores = torch.cat([together @ past[0].transpose(2, 3), together @ keys.transpose(2, 3)], -1)
+        weights = (scores + places.mask).softmax(-1)  # (N, K, A x G, P + T)
+        number = past[0].shape[2]
+        mixed = weights[..., :number] @ past[1] + weights[..., number:] @ values  # (N, K, A x G, D)
+        apart = mixed.view(rows, self.kv_heads, length, self.group, -1).transpose(1, 2)  # (N, A, K, G, D)
+        return apart.flatten(2)
+
+
+class DecoderExit(nn.Module):
+    """What stands at an exit, except its vocabulary head."""
+
+    def __init__(self, config: DecoderConfig, gated: bool) -> None:
+        super().__init__()
+        self.norm = RmsNorm(config.width, config.norm_eps)
+        self.gate = nn.Linear(config.width, 1) if gated else None
+        self.head = None if config.tied else nn.Linear(config.width, config.vocabulary, bias=False)
+
+
+class EarlyExitDecoder(nn.Module):
+    """Decoder whose forward says what every exit says, and the keys and values of the new positions."""
+
+    cosines: Tensor
+    sines: Tensor
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.exits[-1]))
+        self.exits = nn.ModuleList(DecoderExit(config, config.gated and at != config.exits[-1]) for at in config.exits)
+        self.set_turns(torch.outer(torch.arange(config.max_positions), _frequencies(config.head_size)))
+
+    def set_turns(self, angles: Tensor, scale: float = 1.0) -> None:
+        """Rotate position p by `angles[p]` (P, D / 2); `scale` multiplies the result (RoPE scaling)."""
+        sines = angles.sin()
+        self.register_buffer("cosines", (angles.cos() * scale).repeat(1, 2).float(), persistent=False)
+        self.register_buffer("sines", (torch.cat([-sines, sines], -1) * scale).float(), persistent=False)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        past_length: Tensor,
+        active: Sequence[Tensor],
+        past: Sequence[tuple[Tensor, Tensor]],
+    ) -> Said:
+        """Read a chunk of new tokens input_ids (N, T), which follow past_length (N,) positions.
+
+        `active` has one (N, A) per exit but the final one: which of the T positions go on from there. `past` has per
+        layer keys and values (N, K, P, D), P >= past_length; what lies behind past_length is not seen. Chunks are
+        padded at their end: nobody sees what comes later.
+        """
+        shape = input_ids.shape[1], past[0][0].shape[2]
+        hidden = self.embedding(input_ids)  # (N, T, d)
+        said, present, depth = Said([], []), [], 0
+        for index, (until, leave) in enumerate(zip(self.config.exits, self.exits, strict=True)):
+            places = self.places(past_length, shape, active[index - 1] if index else None)
+            now = hidden if places.active is None else hidden[places.active]  # (N, A, d)
+            for layer in self.layers[depth:until]:
+                now, made = layer(now, hidden, places, past[depth])
+                present.append(made)
+                depth += 1
+            hidden = now if places.active is None else hidden.index_put(places.active, now)
+            said.exits.append(self._said(leave, hidden))
+        return Said(said.exits, present)
+
+    def places(self, past_length: Tensor, shape: tuple[int, int], active: Tensor | None) -> Places:
+        """What the layers of a segment need to know; `shape` is T, P."""
+        chunk, number = shape
+        group = self.config.heads // self.config.kv_heads
+        steps = torch.arange(chunk, device=past_length.device)  # (T,)
+        last = self.config.max_positions - 1  # only padding lies beyond
+        positions = (past_length[:, None] + steps).clamp(max=last)  # (N, T)
+        key_turn = tuple(functional.embedding(positions, table)[:, :, None] for table in (self.cosines, self.sines))
+        index, asking = None, steps[None]
+        query_turn = tuple(table[:, :, None] for table in key_turn)
+        if active is not None:
+            index = torch.arange(active.shape[0], device=active.device)[:, None], active
+            asking, placed = active, (past_length[:, None] + active).clamp(max=last)  # (N, A)
+            query_turn = tuple(
+                functional.embedding(placed, table)[:, :, None, None] for table in (self.cosines, self.sines)
+            )
+        asking = asking.repeat_interleave(group, 1)  # (N, Q)
+        is_past = torch.arange(number, device=steps.device) < past_length[:, None]  # (N, P)
+        is_past = is_past[:, None].expand(-1, asking.shape[1], -1)
+        is_before = (steps <= asking[:, :, None]).expand(is_past.shape[0], -1, -1)  # (N, Q, T)
+        seen = torch.cat([is_past, is_before], -1)[:, None]
+        mask = torch.where(seen, 0.0, MASKED_SCORE)
+        return Places(index, (query_turn[0], query_turn[1]), (key_turn[0], key_turn[1]), mask)
+
+    def _said(self, leave: nn.Module, hidden: Tensor) -> ExitSaid:
+        assert isinstance(leave, DecoderExit)
+        normed = leave.norm(hidden)
+        head = self.embedding.weight if leave.head is None else leave.head.weight
+        gate = None if leave.gate is None else leave.gate(normed)[..., 0].sigmoid()
+        return ExitSaid(functional.linear(normed, head), normed, gate)
+
+
+def turned(heads: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
+    """Rotary embedding (arXiv 2104.09864) of the two halves of the last axis; the sines have the sign."""
+    first, second = heads.chunk(2, -1)
+    return heads * turn[0] + torch.cat([second, first], -1) * turn[1]
+
+
+def _frequencies(width: int, base: float = 10_000.0) -> Tensor:
+    return base ** -(torch.arange(0, width, 2).double() / width)

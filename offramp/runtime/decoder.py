@@ -1,0 +1,186 @@
+"""A decoder's segments, heads and memory: what one call of a segment does, and nothing about policies.
+
+Every segment has processed a prefix of each sequence, `filled(k)`; between the prefixes of two segments lie positions
+that wait at the exit. `advance` brings some of them through the next segment as one chunk.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from offramp.bundle import HIDDEN, INVERSE_TEMPERATURE, LEARNED, ROWS, Manifest, read_file
+from offramp.errors import BackendError, BundleError, InputError, OptionError
+from offramp.runtime.engine import SegmentOutput
+from offramp.runtime.kv_cache import HiddenStore, KeyValueCache
+
+Feed = dict[str, NDArray[Any]]
+
+
+class Graph(Protocol):
+    """A graph that is ready to run: names to arrays, and back."""
+
+    def run(self, outputs: Sequence[str], feed: Feed) -> list[NDArray[Any]]: ...
+
+
+class Chunk(NamedTuple):
+    """What an exit says about the T positions of a chunk; of row r the first `counts[r]` mean something."""
+
+    hidden: NDArray[np.float32]  # (S, T, d): for the exit's head
+    learned: NDArray[np.float32] | None  # (S, T) in [0, 1]
+    counts: list[int]  # S
+
+
+class Decoder:
+    """Segments and heads with `slots` sequences in memory; slots low to high take part in a call."""
+
+    def __init__(self, manifest: Manifest, segments: Sequence[Graph], heads: dict[str, Graph], slots: int) -> None:
+        spec = manifest.decoder
+        if spec is None:
+            raise BundleError(f"bundle {manifest.name!r} is no decoder: open it with `Runner.open`")
+        limit = manifest.dimensions[ROWS].max
+        if not 1 <= slots <= limit:
+            raise OptionError(
+                f"decoder: got max_batch {slots}, expected 1 to {limit}, what the bundle was exported for"
+            )
+        self.spec, self.manifest, self.slots = spec, manifest, slots
+        self.max_chunk = manifest.dimensions[spec.chunk].max
+        self._segments, self._heads = list(segments), heads
+        self._outputs = [_output_names(manifest, index) for index in range(len(segments))]
+        self._caches = [KeyValueCache(part.states, slots, spec.max_positions) for part in manifest.segments]
+        width = [int(part.carry_out[0].shape[2]) for part in manifest.segments[:-1]]
+        self._waiting = [HiddenStore(size, slots, spec.max_positions) for size in width]
+        self._rows = np.arange(slots)
+        self.num_exits = len(segments)
+
+    def filled(self, index: int) -> NDArray[np.int64]:
+        """How many positions of each slot segment `index` has processed, (slots,): to be read only."""
+        return self._caches[index].lengths
+
+    def cached(self, index: int, slot: int) -> dict[str, NDArray[Any]]:
+        """Keys and values that segment `index` has of a slot, (heads, positions, width) by the name of the input."""
+        past = self._caches[index].past(slot, slot + 1)
+        return {name: array[0, :, : self.filled(index)[slot]] for name, array in past.items()}
+
+    def clear(self, slot: int, length: int = 0) -> None:
+        """Forget all positions of a slot from `length` on, in all segments."""
+        for cache in self._caches:
+            cache.lengths[slot] = min(cache.lengths[slot], length)
+
+    def move(self, source: int, target: int) -> None:
+        """Put a sequence into another slot."""
+        for waiting, cache in zip(self._waiting, self._caches, strict=False):
+            waiting.move(source, target, int(cache.lengths[source]))
+        for cache in self._caches:
+            cache.move(source, target)
+
+    def read(self, low: int, tokens: Sequence[Sequence[int]]) -> Chunk:
+        """Bring new tokens, at least one per slot from `low` on and at most `max_chunk`, through the first segment."""
+        counts = [len(new) for new in tokens]
+        ids = np.zeros((len(tokens), max(counts)), np.int64)
+        for row, new in enumerate(tokens):
+            ids[row, : len(new)] = new
+        longest = max(int(self.filled(0)[low + row]) + count for row, count in enumerate(counts))
+        if longest > self.spec.max_positions:
+            raise InputError(f"a text of {longest} tokens is longer than the {self.spec.max_positions} of this bundle")
+        return self._run(0, low, {self.spec.input_ids: ids}, counts)
+
+    def advance(self, index: int, low: int, counts: list[int], active: Sequence[Sequence[int]] | None = None) -> Chunk:
+        """Bring the next `counts[r]` positions of slot low + r through segment `index` >= 1, as one chunk.
+
+        `active` has per row the positions in the chunk that really go on, all of them when None; the others stay as
+        they are, and this segment's layers make their keys and values from that.
+        """
+        chunk = max(counts)
+        places = _padded(active, counts, chunk) if active is not None else np.tile(np.arange(chunk), (len(counts), 1))
+        if places is None:  # a row without a padded position, and without an active one, has nowhere to point at
+            chunk += 1
+            places = _padded(active or (), counts, chunk)
+            assert places is not None
+        starts = self.filled(index)[low : low + len(counts)].tolist()
+        before = self.manifest.segments[index].carry_in[0].name
+        feed: Feed = {
+            ROWS: self._rows[: len(counts)],
+            before: self._waiting[index - 1].read(low, starts, counts, chunk),
+            self.spec.active[index - 1]: places,
+        }
+        return self._run(index, low, feed, counts)
+
+    def answer(
+        self, exit_index: int, hidden: NDArray[np.float32], learned: NDArray[np.float32] | None, inverse: np.float32
+    ) -> SegmentOutput:
+        """What the head of an exit says about states (P, d)."""
+        head = self._heads[self.manifest.exits[exit_index].head]
+        feed = {HIDDEN: hidden, INVERSE_TEMPERATURE: np.asarray(inverse)}
+        logits, prediction, scores = head.run(("logits", "prediction", "scores"), feed)
+        return SegmentOutput(None, logits, prediction, scores, learned)
+
+    def close(self) -> None:
+        """Let go of everything."""
+        self._segments.clear()
+        self._heads.clear()
+
+    def _run(self, index: int, low: int, feed: Feed, counts: list[int]) -> Chunk:
+        cache, high = self._caches[index], low + len(counts)
+        starts = cache.lengths[low:high]
+        feed[self.spec.past_length] = starts
+        feed.update(cache.past(low, high))
+        if index >= len(self._segments):
+            raise BackendError("running a decoder: it was closed; open the bundle again")
+        values = self._segments[index].run(self._outputs[index], feed)
+        learned = values.pop() if self.manifest.exits[index].learned else None
+        hidden = values.pop()
+        if index < len(self._waiting):
+            self._waiting[index].write(low, starts.tolist(), values.pop(0), counts)
+        cache.append(low, values, counts)
+        return Chunk(hidden, learned, counts)
+
+
+def open_decoder(bundle: Path, manifest: Manifest, precision: str, threads: int, slots: int) -> Decoder:
+    """The decoder of `bundle` on ONNX Runtime. Raises OptionError, BundleError, BackendError."""
+    from offramp.runtime.onnxruntime_engine import OnnxRuntimeGraph, open_session
+
+    opened: dict[str, OnnxRuntimeGraph] = {}
+    for name, graphs in (
+        *((f"segment {part.index}", part.graphs) for part in manifest.segments),
+        *((head.name, head.graphs) for head in manifest.heads),
+    ):
+        record = graphs.get(precision)
+        if record is None:
+            raise OptionError(
+                f"opening {bundle}: {name} has no {precision!r} graph, expected one of {', '.join(sorted(graphs))}"
+            )
+        opened[name] = OnnxRuntimeGraph(
+            open_session(read_file(bundle, record), threads, str(bundle / record.path)), name
+        )
+    segments = [opened[f"segment {part.index}"] for part in manifest.segments]
+    return Decoder(manifest, segments, {head.name: opened[head.name] for head in manifest.heads}, slots)
+
+
+def _output_names(manifest: Manifest, index: int) -> list[str]:
+    """Carry, states, hidden, learned: in this order."""
+    part = manifest.segments[index]
+    names = [spec.name for spec in part.carry_out] + [state.tensor.name for state in part.states] + [HIDDEN]
+    return [*names, LEARNED] if manifest.exits[index].learned else names
+
+
+def _padded(active: Sequence[Sequence[int]], counts: Sequence[int], chunk: int) -> NDArray[np.int64] | None:
+    """Active positions as (rows, most): the rest points at a padded position, or at an active one again.
+
+    None when a row has neither: pointing at a position that stays would let it go on.
+    """
+    width = max(1, *map(len, active))
+    places = np.empty((len(counts), width), np.int64)
+    for row, (going, count) in enumerate(zip(active, counts, strict=True)):
+        if count < chunk:
+            places[row] = chunk - 1
+        elif len(going):
+            places[row] = going[-1]
+        else:
+            return None
+        places[row, : len(going)] = going
+    return places

@@ -1,0 +1,116 @@
+"""A tiny Llama with fixed weights, its decoder with exits, and slow references that read as what they mean."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from offramp.export.decoder_source import DecoderLimits, DecoderSource, source_from_decoder
+from offramp.models.decoder import EarlyExitDecoder
+from offramp.models.llama import decoder_from_llama
+
+VOCABULARY, LAYERS, POSITIONS, CHUNK, ROWS = 211, 3, 96, 24, 6
+EXITS = (1, 2, 3)
+PROMPTS = tuple(
+    [(7 * n + 3 * at * at + 11) % VOCABULARY for at in range(length)] for n, length in enumerate((3, 9, 1, 30, 5))
+)
+
+
+@cache
+def llama(tied: bool = True) -> LlamaForCausalLM:
+    """Weights large enough that its answers differ from token to token."""
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        config = LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=48,
+            intermediate_size=64,
+            num_hidden_layers=LAYERS,
+            num_attention_heads=6,
+            num_key_value_heads=2,
+            max_position_embeddings=POSITIONS,
+            tie_word_embeddings=tied,
+            initializer_range=0.25,
+        )
+        return LlamaForCausalLM(config).eval()
+
+
+@cache
+def decoder() -> EarlyExitDecoder:
+    """The same with exits after every layer and gates."""
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        return decoder_from_llama(llama(), EXITS, gated=True)
+
+
+@cache
+def source() -> DecoderSource:
+    texts = [[(13 * n + 5 * at * at) % VOCABULARY for at in range(16)] for n in range(4)]
+    return source_from_decoder("tiny", decoder(), texts, DecoderLimits(ROWS, CHUNK, POSITIONS))
+
+
+@torch.no_grad()
+def greedy(prompt: list[int], num_tokens: int) -> list[int]:
+    """Full depth, without any cache."""
+    ids = torch.tensor([prompt])
+    for _ in range(num_tokens):
+        ids = torch.cat([ids, llama()(ids).logits[:, -1:].argmax(-1)], 1)
+    return ids[0, len(prompt) :].tolist()
+
+
+@torch.no_grad()
+def keys_and_values(tokens: list[int]) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Of every layer at full depth: (heads, positions, width) each."""
+    cached = llama()(torch.tensor([tokens]), use_cache=True).past_key_values
+    return [(layer.keys[0].numpy(), layer.values[0].numpy()) for layer in cached.layers]
+
+
+@cache
+@torch.no_grad()
+def leaving(
+    prompt: tuple[int, ...], num_tokens: int, gates: tuple[float, ...], mode: str
+) -> tuple[list[int], list[int]]:
+    """Tokens and exits of greedy generation that leaves where a gate is at least its threshold, position by position.
+
+    "deferred": a token's answer is its early one, but keys and values are those of full depth. "copy": layers it skips
+    make keys and values from its hidden state at the exit; the prompt goes to full depth.
+    """
+    model, depth = decoder(), 0
+    caches: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(LAYERS)]
+    text, exits = list(prompt), []
+    for place in range(len(prompt) + num_tokens - 1):
+        hidden = model.embedding(torch.tensor([[text[place]]]))
+        answer, left = None, None
+        for depth, (layer, leave) in enumerate(zip(model.layers, model.exits, strict=True)):
+            through = _one_position(layer, hidden, caches[depth], place)
+            if left is None or mode == "deferred":
+                hidden = through
+            if left is None:
+                said = model._said(leave, hidden)
+                is_open = depth < LAYERS - 1 and (mode == "deferred" or place >= len(prompt))
+                if depth == LAYERS - 1 or (is_open and said.gate.item() >= gates[depth]):
+                    answer, left = int(said.logits.argmax()), depth
+        if place >= len(prompt) - 1:
+            text.append(answer)
+            exits.append(left)
+    return text[len(prompt) :], exits
+
+
+def _one_position(layer, hidden, cache, place):
+    """One layer on one position; adds its keys and values to the cache."""
+    past = tuple(torch.cat([pair[part] for pair in cache], 2) if cache else torch.zeros(1, 2, 1, 8) for part in (0, 1))
+    places = decoder().places(torch.tensor([place]), (1, past[0].shape[2]), None)
+    after, made = layer(hidden, hidden, places, past)
+    cache.append(made)
+    return after
+
+
+def export_to(path: Path) -> Path:
+    from offramp.export.export_decoder import export_decoder
+
+    export_decoder(source(), path / "bundle")
+    return path / "bundle"
