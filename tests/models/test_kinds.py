@@ -66,6 +66,7 @@ def test_positions_are_sines_and_cosines() -> None:
 
 @pytest.mark.parametrize(("kind", "config"), [("branchynet", BRANCHYNET), ("efficientnet", EFFICIENTNET)])
 def test_convolutional_networks_learn(kind: str, config: Any) -> None:
+    torch.manual_seed(0)
     model = BranchyNet(config) if kind == "branchynet" else EfficientNet(config)
     made = Checkpoint(model, None, ("left", "right"), kind=kind)
     rows = TrainingRows(images(64, config.image_shape), images(32, config.image_shape))
