@@ -9,7 +9,8 @@ from offramp.bundle import Manifest
 from offramp.errors import DataError, OptionError
 from offramp.export.export_bundle import ExportOptions, Progress
 
-_TEXTS, _TOKENS = 4, 48  # real texts that the segments are verified on, and the tokens of each
+_TEXTS, _TOKENS = 4, 48  # real texts that the segments are verified on, and the tokens of each at most
+_FEWEST_TOKENS = 16  # a chunk of several positions with a past, and then some
 _VERIFYING = (  # when the caller has no text of their own: enough to compare two implementations with
     "The harbour lay quiet in the early morning, and only the gulls were busy along the empty quays, where nets hung "
     "out to dry and the boats of the fishermen knocked softly against the stones, waiting for the tide to turn again.",
@@ -54,9 +55,7 @@ def export_llama(
     if any(not 0 < layer <= total for layer in layers):
         raise OptionError(f"--layers {','.join(map(str, layers))}: the model has {total} layers; expected 1 to {total}")
     exits = tuple(sorted({*layers, total}))
-    tokens = [tokenizer.encode(text)[:_TOKENS] for text in (texts or _VERIFYING)[:_TEXTS]]
-    if min(map(len, tokens)) < _TOKENS:
-        raise DataError(f"texts to verify with: expected at least 2, each of at least {_TOKENS} tokens")
+    tokens = tokens_to_verify([tokenizer.encode(text) for text in (texts or _VERIFYING)[:_TEXTS]])
     progress(f"capturing {total} layers with exits after {', '.join(map(str, exits))}")
     source = source_from_decoder(path.stem if path.suffix else path.name, decoder_from_llama(model, exits), tokens)
     stop = {tokenizer.eos_token_id, *_as_list(model.config.eos_token_id)} - {None}  # type: ignore[union-attr, arg-type]
@@ -66,6 +65,17 @@ def export_llama(
         tokenizer=tokenizer.backend_tokenizer.to_str().encode(),
     )
     return export_decoder(source, output, options, progress)
+
+
+def tokens_to_verify(encoded: Sequence[Sequence[int]]) -> list[list[int]]:
+    """The first tokens of every text, as many of each. Raises DataError when a text is too short."""
+    common = min(_TOKENS, *map(len, encoded)) if encoded else 0
+    if len(encoded) < 2 or common < _FEWEST_TOKENS:
+        raise DataError(
+            f"texts to verify a decoder with: got {len(encoded)}, the shortest of {common} tokens; expected 2 or more "
+            f"of {_FEWEST_TOKENS} tokens or more each"
+        )
+    return [list(tokens[:common]) for tokens in encoded]
 
 
 def _as_list(value: int | Sequence[int] | None) -> Sequence[int]:
