@@ -19,23 +19,21 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import torch
-from chain_vs_uncut import make_inputs, uncut_from_whole
+from chain_vs_uncut import make_inputs
 from machine import describe_machine
+from subject import Inputs, encoder_source, tiny_encoder
+from timed import progress
 from torch import nn
-from transformers import BertConfig, BertModel
 
-from offramp.export.capture import DEFAULT_OPSET, Example
-from offramp.export.export_bundle import ExportOptions, export_bundle, reference_path
-from offramp.export.source import source_from_model
+from offramp.bundle import load_manifest
+from offramp.commands.uncut import load_reference, uncut_model
+from offramp.export.export_bundle import ExportOptions, export_bundle
 from offramp.models.data import default_encoder_path
 from offramp.models.encoder import EarlyExitEncoder, EncoderConfig, encoder_from_pretrained
 from offramp.models.pruning import Pruning
@@ -54,7 +52,6 @@ WARMUP = 5
 LEAVING = "leaving"
 POLICY = Policy(sources={LEAVING: Policy.thresholds("max_prob", [0.0])})  # all others go to the end
 
-Inputs = dict[str, np.ndarray]
 Lever = tuple[bool, bool]  # pruning, window attention
 
 
@@ -62,16 +59,7 @@ def make_encoder(config: EncoderConfig, quick: bool) -> EarlyExitEncoder:
     """The encoder that is measured; with `quick`, one so small that only the script is shown to work."""
     if not quick:
         return encoder_from_pretrained(default_encoder_path(), config)
-    torch.manual_seed(0)
-    small = BertConfig(
-        vocab_size=3000,
-        hidden_size=32,
-        num_hidden_layers=EXITS[-1],
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=max(LENGTHS),
-    )
-    encoder = EarlyExitEncoder(BertModel(small, add_pooling_layer=False), config).eval()
+    encoder = tiny_encoder(config, max(LENGTHS))
     for module in encoder.modules():
         if isinstance(module, nn.LayerNorm):  # behind an even one all tokens have one norm, and rounding chooses
             nn.init.uniform_(module.weight, 0.5, 2.0)
@@ -80,13 +68,7 @@ def make_encoder(config: EncoderConfig, quick: bool) -> EarlyExitEncoder:
 
 def make_bundle(path: Path, config: EncoderConfig, quick: bool) -> Path:
     """Export the encoder in FP32, for texts of up to 512 tokens."""
-    axes = {1: "sequence"}
-    example = Example(
-        inputs={name: torch.from_numpy(array) for name, array in make_inputs(4, 64).items()},
-        dynamic={"input_ids": axes, "attention_mask": axes},
-        ranges={"sequence": (1, max(LENGTHS))},
-    )
-    source = source_from_model(path.name, make_encoder(config, quick), example, DEFAULT_OPSET)
+    source = encoder_source(path.name, make_encoder(config, quick), make_inputs(4, 64), max(LENGTHS))
     manifest = export_bundle(source, path, ExportOptions(precision="fp32"), progress)
     assert manifest.parity["chain_bit_equal"]
     return path
@@ -133,7 +115,8 @@ def measure_length(
     """Mean and median milliseconds of every combination of levers, and of the uncut dense model, at one length."""
     inputs = make_inputs(options.rows, length)
     dense = bundles[config_of((False, False), length)]
-    content = uncut_from_whole(onnx.load(reference_path(dense) / "whole.onnx")).SerializeToString()
+    manifest = load_manifest(dense)
+    content = uncut_model(load_reference(dense, manifest), manifest.exits[-1].name).SerializeToString()
     uncut = open_session(content, options.threads, "the uncut model", left_out=())
     runners = {
         lever: Runner.open(bundles[config_of(lever, length)], "onnxruntime", POLICY, options.threads)
@@ -158,10 +141,6 @@ def measure_length(
             "rounds": len(times),
         }
     return found
-
-
-def progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -4,8 +4,8 @@ Physics: a path is learned by moving every row at most once per exit, and tested
 point with one number; both are a few hundred passes over arrays of rows, so memory bandwidth sets the pace. The rest is
 softmax, for temperatures and for scores at them. Nothing of size rows times points is ever made.
 
-Measured: 100,000 simulated rows of 4 classes at 12 exits; temperatures, path, test along it, replay and certificate
-(`certify`), for risks that are counted and one that is bet on. One thread, if the machine has taskset; the process's
+Measured: 100,000 simulated rows of 3 classes at 12 exits; temperatures, path, test along it, replay and certificate
+(`certify`), for risks that are counted and one that is bet on. On one core (Linux); the process's
 peak includes the interpreter and the trace itself. Apparate's tuner takes 1.08 s for 512 rows at 11 exits
 (arXiv 2312.05385, section 5).
 """

@@ -32,7 +32,7 @@ from offramp.policy import Policy
 from offramp.trace import Trace, load_trace
 from offramp.tuning.alternatives import alternatives
 from offramp.tuning.certify import CertifyOptions, certify
-from offramp.tuning.replay import cumulative_costs_ms, replay
+from offramp.tuning.replay import cumulative_costs_ms, mean_depth, replay
 
 BUNDLE = Path(__file__).parents[1] / "demo" / "bundle"
 RESULT = Path(__file__).parent / "results" / "certified.json"
@@ -70,7 +70,7 @@ def splits(trace: Trace, num_rows: int, num_splits: int) -> dict[str, dict[str, 
                     "risk": float(lost[held_out].mean()),
                     "violated": float(lost.mean() > OPTIONS.max_risk),
                     "violated_held_out": float(lost[held_out].mean() > OPTIONS.max_risk),
-                    "mean_depth": float(exit_index[held_out].mean()) + 1,
+                    "mean_depth": mean_depth(exit_index[held_out]),
                     "expected_ms": float(costs[exit_index[held_out]].mean()),
                 }
             )

@@ -21,25 +21,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
-import torch
 from machine import describe_machine
-from onnx import ModelProto
-from transformers import BertConfig, BertModel
+from subject import Inputs, encoder_source, tiny_encoder
+from timed import progress
 
 from offramp.bundle import INVERSE_TEMPERATURE, ROWS, Manifest, load_manifest
-from offramp.export.capture import DEFAULT_OPSET, Example
-from offramp.export.export_bundle import ExportOptions, export_bundle, reference_path
-from offramp.export.graph import GraphView
-from offramp.export.source import source_from_model
+from offramp.commands.uncut import load_reference, uncut_model
+from offramp.export.export_bundle import ExportOptions, export_bundle
 from offramp.models.data import default_encoder_path
 from offramp.models.encoder import EarlyExitEncoder, EncoderConfig, encoder_from_pretrained
 from offramp.policy import Policy
@@ -52,8 +47,7 @@ CASES = tuple((batch, tokens) for batch in (1, 32) for tokens in (8, 24, 64, 128
 TARGETS = {3: dict.fromkeys((8, 24, 64, 128), 1.02), 6: {24: 1.05, 64: 1.02, 128: 1.02}}  # segments -> tokens -> ratio
 WARMUP = 5
 ROUNDS = {1: 200, 32: 30}  # at least, over all openings
-
-Inputs = dict[str, np.ndarray]
+MAX_LENGTH = 128
 
 
 def make_encoder(exits: tuple[int, ...], quick: bool) -> EarlyExitEncoder:
@@ -61,16 +55,7 @@ def make_encoder(exits: tuple[int, ...], quick: bool) -> EarlyExitEncoder:
     config = EncoderConfig(exits=exits, early_pooling="mean")  # the cut is measured, not the heads
     if not quick:
         return encoder_from_pretrained(default_encoder_path(), config)
-    torch.manual_seed(0)
-    small = BertConfig(
-        vocab_size=3000,
-        hidden_size=32,
-        num_hidden_layers=exits[-1],
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=128,
-    )
-    return EarlyExitEncoder(BertModel(small, add_pooling_layer=False), config).eval()
+    return tiny_encoder(config, MAX_LENGTH)
 
 
 def make_inputs(rows: int, length: int) -> Inputs:
@@ -81,31 +66,9 @@ def make_inputs(rows: int, length: int) -> Inputs:
 
 def make_bundle(folder: Path, exits: tuple[int, ...], quick: bool) -> Path:
     """Export the encoder in FP32."""
-    sequence = {1: "sequence"}
-    example = Example(
-        inputs={name: torch.from_numpy(array) for name, array in make_inputs(4, 24).items()},
-        dynamic={"input_ids": sequence, "attention_mask": sequence},
-        ranges={"sequence": (1, 128)},
-    )
-    source = source_from_model("encoder", make_encoder(exits, quick), example, DEFAULT_OPSET)
+    source = encoder_source("encoder", make_encoder(exits, quick), make_inputs(4, 24), MAX_LENGTH)
     export_bundle(source, folder / "bundle", ExportOptions(precision="fp32"), progress)
     return folder / "bundle"
-
-
-def uncut_from_whole(whole: ModelProto) -> ModelProto:
-    """`whole` with its last output only, and without what other outputs need."""
-    view = GraphView(whole)
-    final = view.output_names[-1]
-    kept = view.upstream([final], view.reads)
-    read = {name for index in kept for name in view.reads[index]}
-    uncut = ModelProto()
-    uncut.CopyFrom(whole)
-    del uncut.graph.node[:], uncut.graph.output[:], uncut.graph.initializer[:]
-    uncut.graph.node.extend(node for index, node in enumerate(view.nodes) if index in kept)
-    uncut.graph.output.extend(value for value in whole.graph.output if value.name == final)
-    uncut.graph.initializer.extend(tensor for name, tensor in view.initializers.items() if name in read)
-    onnx.checker.check_model(uncut)
-    return uncut
 
 
 def bare_chain(bundle: Path, manifest: Manifest, threads: int) -> Callable[[Inputs], np.ndarray]:
@@ -133,10 +96,10 @@ def bare_chain(bundle: Path, manifest: Manifest, threads: int) -> Callable[[Inpu
 
 def measure_opening(bundle: Path, threads: int, openings: int, quick: bool) -> list[dict[str, float]]:
     """Medians in milliseconds for every case, with sessions opened for this call."""
-    content = uncut_from_whole(onnx.load(reference_path(bundle) / "whole.onnx")).SerializeToString()
+    manifest = load_manifest(bundle)
+    content = uncut_model(load_reference(bundle, manifest), manifest.exits[-1].name).SerializeToString()
     uncut = open_session(content, threads, "the uncut model", left_out=())
     tuned = open_session(content, threads, "the uncut model")
-    manifest = load_manifest(bundle)
     bare = bare_chain(bundle, manifest, threads)
     leave_first = Policy.thresholds("max_prob", [0.0] + [None] * (len(manifest.segments) - 2))
     found = []
@@ -173,10 +136,6 @@ def case_from_openings(segments: int, case: tuple[int, int], openings: list[dict
         result[f"{name}_ratio"] = round(float(np.median(ratios)), 4)
         result[f"{name}_ratio_range"] = [round(min(ratios), 4), round(max(ratios), 4)]
     return result
-
-
-def progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -150,6 +150,12 @@ def simulated_trace(num_rows: int, num_exits: int, seed: int) -> Trace:
     for k in range(num_exits):
         signal = 2.5 * (k + 1) / num_exits * (1 + hardness / 2) + generator.normal(size=num_rows)
         logits[np.arange(num_rows), k, labels] += signal
+    return trace_from_logits(logits, labels)
+
+
+def trace_from_logits(logits: NDArray[np.float32], labels: NDArray[np.int64]) -> Trace:
+    """A trace of segments that cost the same, from logits (N, E, C) at temperature 1."""
+    num_exits = logits.shape[1]
     return Trace(
         logits=logits,
         scores=np.stack([scores_from_logits(logits[:, k], 1.0) for k in range(num_exits)], axis=1),
@@ -173,7 +179,7 @@ def share_violated_end_to_end(
     violations = 0
     for trial in range(trials):
         rows = generator.integers(0, len(population.labels), num_rows)
-        found = certify(population.rows(rows), base, CertifyOptions(**{**asdict(options), "seed": trial}))
+        found = certify(population.rows(rows), base, replace(options, seed=trial))
         limits = found.path[found.positions[""]]
         (exit_index,) = exits_along(sureness, limits[None])
         violations += float(table.of(exit_index).mean()) > options.max_risk

@@ -26,10 +26,10 @@ from typing import Any
 
 import numpy as np
 from machine import describe_machine
-from monitor import BASELINE, FINAL, POLICY, fake_answer
+from monitor import BASELINE, FINAL, monitored_runner
 from numpy.typing import NDArray
 
-from offramp.runtime import Baseline, Monitor, MonitorOptions, Runner, fake_runner
+from offramp.runtime import Baseline, Monitor, MonitorOptions, Runner
 from offramp.runtime.monitor_states import FULL_DEPTH
 
 COLD_BYTES = 42 * 2**20  # what a small encoder reads
@@ -38,16 +38,10 @@ BUDGET_US = 20.0
 RESULTS = Path(__file__).parent / "results" / "monitor_overhead.json"
 
 
-def runner_with(monitor: Monitor | None) -> Runner:
-    runner = fake_runner([fake_answer(k) for k in range(FINAL + 1)], POLICY)
-    runner.monitor = monitor
-    return runner
-
-
 def in_full_depth() -> Monitor:
     """A monitor that has tripped, and stays so."""
     monitor = Monitor(BASELINE, MonitorOptions(cool_down=2**40))
-    runner = runner_with(monitor)
+    runner = monitored_runner(monitor)
     while monitor.state_of() != FULL_DEPTH:
         runner.run(request(1))
     return monitor
@@ -85,10 +79,10 @@ def compared(num_rows: int, repetitions: int, before: Callable[[], object] = lam
     """What each kind of monitor adds to a request of `num_rows` rows."""
     steady = Baseline((0,) * FINAL + (10_000,), max_risk=0.02)  # every row goes to the end, as the baseline says
     runners = {
-        "without": runner_with(None),
-        "counting": runner_with(Monitor()),
-        "watching": runner_with(Monitor(steady)),
-        "full_depth": runner_with(in_full_depth()),
+        "without": monitored_runner(None),
+        "counting": monitored_runner(Monitor()),
+        "watching": monitored_runner(Monitor(steady)),
+        "full_depth": monitored_runner(in_full_depth()),
     }
     taken = times_us(runners, num_rows, repetitions, before)
     means = {name: float(np.sort(times)[: int(0.99 * len(times))].mean()) for name, times in taken.items()}
@@ -101,7 +95,7 @@ def compared(num_rows: int, repetitions: int, before: Callable[[], object] = lam
 def by_threads(num_threads: int, requests: int) -> float:
     """Microseconds of begin and observe per request, all threads together: the cost while others want the lock."""
     monitor = Monitor(Baseline((0,) * FINAL + (10_000,), max_risk=0.02))
-    runner = runner_with(monitor)
+    runner = monitored_runner(monitor)
     answer = runner.run(request(1))
     setting = runner.setting
 

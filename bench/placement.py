@@ -28,23 +28,22 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from coverage import trace_from_logits
 from machine import describe_machine
 from subject import DEMO, Inputs, Subject, demo_subject, tiny_subject
-from timed import progress
+from timed import WARMUP, Asking, figures, progress
 
 from offramp.bundle import load_manifest, read_policy
 from offramp.commands.exit_costs import measured_costs
-from offramp.commands.uncut import load_reference, uncut_model
+from offramp.commands.uncut import load_reference, uncut_call
 from offramp.export.export_bundle import ExportOptions, Extras, export_bundle
 from offramp.export.recut import source_from_bundle, with_exits
 from offramp.policy import Policy
 from offramp.runtime import Runner
-from offramp.runtime.onnxruntime_engine import open_session
 from offramp.runtime.timing import interleaved_ms
 from offramp.trace import Trace
 from offramp.tuning.placement import place
 from offramp.tuning.placement_data import Costs, Placement, PlacementOptions
-from offramp.tuning.replay import scores_from_logits
 
 REPEATS = 3
 SLOWER = 1.01  # two runs of the same bundle differ by so much
@@ -60,17 +59,7 @@ def simulated_trace(num_rows: int, num_exits: int, seed: int) -> Trace:
     signal = 2.5 * depth * (1 + hardness[:, None] / 2) + random.normal(size=(num_rows, num_exits))
     logits = np.zeros((num_rows, num_exits, 2), np.float32)
     logits[np.arange(num_rows), :, labels] = signal
-    return Trace(
-        logits=logits,
-        scores=np.stack([scores_from_logits(logits[:, k], 1.0) for k in range(num_exits)], axis=1),
-        predictions=logits.argmax(axis=2),
-        temperatures=np.ones(num_exits),
-        labels=labels,
-        costs_ms=np.ones(num_exits),
-        fingerprint="simulated",
-        backend="fake",
-        precision="fp32",
-    )
+    return trace_from_logits(logits, labels)
 
 
 def time_search(num_rows: int, num_exits: int, seeds: range) -> list[dict[str, Any]]:
@@ -110,14 +99,6 @@ def cut_again(bundle: Path, placement: Placement, folder: Path) -> Path:
     return placed
 
 
-def uncut_answer(bundle: Path, threads: int) -> Callable[[Inputs], np.ndarray]:
-    """The uncut model's classes, opened with the options that segments have."""
-    manifest = load_manifest(bundle)
-    model = uncut_model(load_reference(bundle, manifest), manifest.exits[-1].name)
-    session = open_session(model.SerializeToString(), threads, str(bundle))
-    return lambda inputs: session.run(None, inputs)[0].argmax(axis=1)
-
-
 def judge(subject: Subject, placement: Placement, everything: Placement, folder: Path, num_rows: int) -> dict[str, Any]:
     """Times, accuracy and consistency of a placement and of all exits on the test rows."""
     placed = cut_again(subject.bundle, placement, folder)
@@ -127,23 +108,24 @@ def judge(subject: Subject, placement: Placement, everything: Placement, folder:
         "all exits, full depth": Runner.open(subject.bundle, "onnxruntime", never(everything), precision="fp32"),
         "placed, full depth": Runner.open(placed, "onnxruntime", never(placement), precision="fp32"),
     }
-    uncut = uncut_answer(subject.bundle, 0)
-    answers: dict[str, Callable[[Inputs], Any]] = {"uncut": uncut}
+    call = uncut_call(subject.bundle, opened["all exits"], 0)
+    assert call, "the whole graph lies beside the bundle that was placed from it"
+    answers: dict[str, Callable[[Inputs], Any]] = {"uncut": lambda inputs: call(inputs)[0].argmax(axis=1)}
     answers |= {name: lambda inputs, runner=runner: runner.run(inputs).prediction for name, runner in opened.items()}
-    expected = np.concatenate([uncut(batch) for batch in subject.test.batches])
+    expected = np.concatenate([answers["uncut"](batch) for batch in subject.test.batches])
     requests = subject.requests(1)
     rows = [requests[place] for place in np.linspace(0, len(requests) - 1, min(num_rows, len(requests))).astype(int)]
-    figures: dict[str, Any] = {}
+    found: dict[str, Any] = {}
     times = time_rows(answers, rows)
     for name, answer in answers.items():
         said = np.concatenate([answer(batch) for batch in subject.test.batches])
-        figures[name] = times[name] | {
+        found[name] = times[name] | {
             "accuracy": round(float((said == subject.test.labels).mean()), 4),
             "consistency": round(float((said == expected).mean()), 4),
         }
     for runner in opened.values():
         runner.close()
-    return figures
+    return found
 
 
 def never(placement: Placement) -> Policy:
@@ -154,27 +136,12 @@ def never(placement: Placement) -> Policy:
 
 def time_rows(answers: dict[str, Callable[[Inputs], Any]], rows: list[Inputs]) -> dict[str, dict[str, float]]:
     """Every alternative on every row REPEATS times, interleaved."""
-    positions = dict.fromkeys(answers, -3)
-
-    def asking(name: str) -> Callable[[], None]:
-        def ask() -> None:
-            answers[name](rows[positions[name] % len(rows)])
-            positions[name] += 1
-
-        return ask
-
-    times = interleaved_ms({name: asking(name) for name in answers}, REPEATS * len(rows), 3)
-    figures = {}
-    for name, taken in times.items():
-        quiet = taken.reshape(REPEATS, len(rows)).min(axis=0)
-        p50, p95 = np.percentile(taken, [50, 95])
-        figures[name] = {
-            "mean_ms": round(float(taken.mean()), 4),
-            "quiet_ms": round(float(quiet.mean()), 4),
-            "p50_ms": round(float(p50), 4),
-            "p95_ms": round(float(p95), 4),
-        }
-    return figures
+    asking = {name: Asking(answer, rows) for name, answer in answers.items()}
+    times = interleaved_ms(asking, REPEATS * len(rows), WARMUP)
+    return {
+        name: figures(taken, 1) | {"quiet_ms": round(float(taken.reshape(REPEATS, -1).min(axis=0).mean()), 4)}
+        for name, taken in times.items()
+    }
 
 
 def place_and_judge(
@@ -192,7 +159,7 @@ def place_and_judge(
         forced = replace(options, is_chosen=False, keep=all_early)
         everything = place(trace, measured.costs, forced, temperatures)
         progress(f"risk {options.max_risk}, full depth {options.max_worst_case}: exits {placement.kept}")
-        figures = judge(subject, placement, everything, folder, num_rows)
+        judged = judge(subject, placement, everything, folder, num_rows)
         bound = options.max_worst_case
         found.append(
             {
@@ -205,10 +172,10 @@ def place_and_judge(
                 "held_out_ms": round(placement.held_out_ms, 4),
                 "held_out_risk": round(placement.held_out_risk, 4),
                 "predicted_worst_case": round(placement.worst_case, 4),
-                "measured_worst_case": ratio(figures, "placed, full depth", "uncut"),
-                "placed_over_all_exits": ratio(figures, "placed", "all exits"),
-                "speedup": ratio(figures, "uncut", "placed"),
-                "alternatives": figures,
+                "measured_worst_case": ratio(judged, "placed, full depth", "uncut"),
+                "placed_over_all_exits": ratio(judged, "placed", "all exits"),
+                "speedup": ratio(judged, "uncut", "placed"),
+                "alternatives": judged,
             }
         )
     costs = {
@@ -220,8 +187,8 @@ def place_and_judge(
     return costs, found
 
 
-def ratio(figures: dict[str, Any], one: str, other: str) -> float:
-    return round(figures[one]["quiet_ms"] / figures[other]["quiet_ms"], 4)
+def ratio(judged: dict[str, Any], one: str, other: str) -> float:
+    return round(judged[one]["quiet_ms"] / judged[other]["quiet_ms"], 4)
 
 
 def main() -> None:

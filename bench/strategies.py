@@ -1,10 +1,10 @@
 """Does it matter how exits are trained? One model, the same data and number of epochs, one strategy after another.
 
 Each run is a recipe with other stages; all end after EPOCHS epochs over the training rows, so that none has seen more.
-joint: all exits together, early ones at 0.3; linear: exit k at (k + 1) / E; alternating: even steps the early heads
-alone, odd steps the rest; berxit: even steps all, odd steps the final exit; two_stage: a final exit, then heads on its
-frozen layers; self_distillation: the same, the heads on what the final exit answers; calibrated: joint and the
-temperature-scaled loss; layer_dropout: joint with layers skipped.
+joint: all exits together, early ones at the recipe's early_weight; linear: exit k at (k + 1) / E; alternating: even
+steps the early heads alone, odd steps the rest; berxit: even steps all, odd steps the final exit; two_stage: a final
+exit, then heads on its frozen layers; self_distillation: the same, the heads on what the final exit answers;
+calibrated: joint and the temperature-scaled loss; layer_dropout: joint with layers skipped.
 
 Measured on test rows that chose nothing: the accuracy of every exit, and the area under the frontier of accuracy over
 mean depth for one threshold on max_prob, the same for all exits; for a regression minus the mean absolute error, with
@@ -44,7 +44,6 @@ from offramp.models.checkpoint import load_checkpoint
 from offramp.models.data import TextSplits
 from offramp.models.evaluate import Outcome, area_under, frontier, outcome_of
 from offramp.models.plan import Stage
-from offramp.models.strategies import LossOptions
 from offramp.storage import write_file
 
 EPOCHS = 3
@@ -53,9 +52,9 @@ QUICK_RECIPE, QUICK_STRATEGIES = "cascade-rotten-tomatoes", "joint,two_stage"
 
 
 def stages_of(first: Stage) -> dict[str, tuple[Stage, ...]]:
-    """The strategies: stages with the rates of the recipe's first one."""
-    loss = first.loss
-    whole = replace(first, epochs=EPOCHS, strategy="joint")
+    """The strategies: stages with the rates of the recipe's first one, whatever its rule of weights is."""
+    loss = replace(first.loss, rule="early")
+    whole = replace(first, epochs=EPOCHS, strategy="joint", loss=loss)
     most, last = replace(whole, epochs=EPOCHS - 1), replace(whole, epochs=1)
     found = {
         "joint": (whole,),
@@ -67,7 +66,7 @@ def stages_of(first: Stage) -> dict[str, tuple[Stage, ...]]:
         "joint_then_self_distillation": (most, replace(last, strategy="self_distillation")),
         "layer_dropout": (replace(whole, layer_dropout=0.1),),
     }
-    if loss == LossOptions():  # classes have a temperature, values have not
+    if not loss.confidence_weight:  # classes have a temperature, values have not
         found["calibrated"] = (replace(whole, loss=replace(loss, calibration_weight=0.5)),)
     return found
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +19,13 @@ from offramp.commands.dataset import ROTTEN_TOMATOES, Dataset, load_dataset
 from offramp.policy import Policy
 from offramp.runtime import Runner
 
+if TYPE_CHECKING:
+    from offramp.export.source import ModelSource
+    from offramp.models.encoder import EarlyExitEncoder, EncoderConfig
+
 DEMO = Path(__file__).parents[1] / "demo"
 MASK = "attention_mask"
+VOCABULARY = 3000  # of a tiny encoder
 
 Inputs = dict[str, NDArray[Any]]
 
@@ -93,10 +98,10 @@ def tiny_subject(folder: Path) -> Subject:
     from offramp.bundle import replace_policy
     from offramp.tuning.calibrate import CalibrateOptions, calibrate
 
-    model = _tiny_encoder()
+    model = _tiny_model()
     bundle, static_bundle = folder / "bundle", folder / "static-bundle"
     _export(model, bundle)
-    _export(_tiny_encoder(exits=(2,)), static_bundle)
+    _export(_tiny_model(exits=(2,)), static_bundle)
     random = np.random.default_rng(0)
     validation, test = (_random_rows(model, random, 96), _random_rows(model, random, 64))
     with Runner.open(bundle, "onnxruntime", Policy.full_depth()) as runner:
@@ -105,44 +110,55 @@ def tiny_subject(folder: Path) -> Subject:
     return Subject("tiny", bundle, model, static_bundle, validation, test, (0.1, 0.2))
 
 
-def _tiny_encoder(exits: tuple[int, ...] = (2, 4, 6)) -> Any:
+def tiny_encoder(config: EncoderConfig, max_length: int, vocabulary: int = VOCABULARY) -> EarlyExitEncoder:
+    """A random encoder of 32 features, so small that only a script is shown to work."""
     import torch
     from transformers import BertConfig, BertModel
 
-    from offramp.models.encoder import EarlyExitEncoder, EncoderConfig
+    from offramp.models.encoder import EarlyExitEncoder
 
     torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=300,
+    bert = BertConfig(
+        vocab_size=vocabulary,
         hidden_size=32,
-        num_hidden_layers=exits[-1],
+        num_hidden_layers=config.exits[-1],
         num_attention_heads=2,
         intermediate_size=64,
-        max_position_embeddings=64,
+        max_position_embeddings=max_length,
     )
-    heads = EncoderConfig(exits=exits, early_pooling="mean")
-    model = EarlyExitEncoder(BertModel(config, add_pooling_layer=False), heads).eval()
+    return EarlyExitEncoder(BertModel(bert, add_pooling_layer=False), config).eval()
+
+
+def encoder_source(name: str, model: EarlyExitEncoder, inputs: Inputs, max_length: int) -> ModelSource:
+    """What export takes of an encoder for texts of up to `max_length` tokens; `inputs` are an example of 2 or more."""
+    import torch
+
+    from offramp.export.capture import DEFAULT_OPSET, Example
+    from offramp.export.source import source_from_model
+
+    example = Example(
+        inputs={name: torch.from_numpy(array) for name, array in inputs.items()},
+        dynamic={name: {1: "sequence"} for name in inputs},
+        ranges={"sequence": (1, max_length)},
+    )
+    return source_from_model(name, model, example, DEFAULT_OPSET)
+
+
+def _tiny_model(exits: tuple[int, ...] = (2, 4, 6)) -> EarlyExitEncoder:
+    from offramp.models.encoder import EncoderConfig
+
+    model = tiny_encoder(EncoderConfig(exits=exits, early_pooling="mean"), 64, 300)
     for head in model.heads:  # surer of some rows than of others
         for parameter in head.parameters():
             parameter.data *= 8
     return model
 
 
-def _export(model: Any, bundle: Path) -> None:
-    import torch
-
-    from offramp.export.capture import DEFAULT_OPSET, Example
+def _export(model: EarlyExitEncoder, bundle: Path) -> None:
     from offramp.export.export_bundle import ExportOptions, export_bundle
-    from offramp.export.source import source_from_model
 
     ids = 1 + np.arange(4 * 12).reshape(4, 12) % 299
-    axes = {1: "sequence"}
-    example = Example(
-        inputs={"input_ids": torch.from_numpy(ids), MASK: torch.ones(4, 12, dtype=torch.int64)},
-        dynamic={"input_ids": axes, MASK: axes},
-        ranges={"sequence": (1, 64)},
-    )
-    source = source_from_model("encoder", model, example, DEFAULT_OPSET)
+    source = encoder_source("encoder", model, {"input_ids": ids, MASK: np.ones_like(ids)}, 64)
     export_bundle(source, bundle, ExportOptions(precision="fp32"))
 
 

@@ -19,17 +19,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from coverage import Cell, losses_at, simulated_trace, true_risks
+from coverage import GRIDS, LEVELS, ROWS, Cell, losses_at, simulated_trace, true_risks
 from machine import describe_machine
 
 from offramp.binomial import allowed_losses
 from offramp.policy import Policy
 from offramp.tuning.certify import CertifyOptions, certify
-from offramp.tuning.replay import replay
+from offramp.tuning.replay import mean_depth, replay
 from offramp.tuning.risk_tests import betting_p_value, hoeffding_bentkus, last_rejected_of
 
 RESULT = Path(__file__).parent / "results" / "tightness.json"
-ROWS, GRIDS, LEVELS = (100, 500, 2000), (5, 20, 60, 200), ((0.02, 0.1), (0.05, 0.1), (0.2, 0.05))
 TRACES = ((5, 3000), (5, 20_000), (12, 3000), (12, 20_000))  # (exits, rows to calibrate with)
 POPULATION = 40_000
 
@@ -65,7 +64,7 @@ def depths(num_exits: int, num_rows: int, draws: int) -> dict[str, Any]:
         for name, depth in found.items():
             chosen = replace(options, per_exit=name == "per_exit", seed=draw)
             policy = certify(population.rows(order[:num_rows]), base, chosen).policy
-            depth.append(float(replay(policy, held_out).exit_index.mean()) + 1)
+            depth.append(mean_depth(replay(policy, held_out).exit_index))
     means = {name: float(np.mean(depth)) for name, depth in found.items()}
     saved = 1 - means["per_exit"] / means["one_threshold"]
     return {"exits": num_exits, "rows": num_rows, "draws": draws, **means, "depth_saved": saved}

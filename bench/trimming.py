@@ -16,20 +16,18 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from chain_vs_uncut import Inputs, make_encoder
+from chain_vs_uncut import MAX_LENGTH, make_encoder
 from machine import describe_machine
+from subject import VOCABULARY, Inputs, encoder_source
+from timed import progress
 
-from offramp.export.capture import DEFAULT_OPSET, Example
 from offramp.export.export_bundle import ExportOptions, export_bundle
-from offramp.export.source import source_from_model
 from offramp.models.data import default_encoder_path, load_rotten_tomatoes, load_tokenizer, token_ids
 from offramp.models.rows import padded
 from offramp.policy import Policy
@@ -37,10 +35,8 @@ from offramp.runtime import Runner
 from offramp.runtime.timing import interleaved_ms
 
 EXITS = (2, 4, 6)
-MAX_LENGTH = 128
 CASES = ((32, 0), (32, MAX_LENGTH), (8, 0), (8, MAX_LENGTH), (1, 0))  # (batch, padded to; 0: to the longest)
 WARMUP = 2
-VOCABULARY = 3000  # of the tiny model
 
 
 def make_requests(batch: int, width: int, num_requests: int) -> list[Inputs]:
@@ -60,13 +56,7 @@ def make_requests(batch: int, width: int, num_requests: int) -> list[Inputs]:
 def make_bundle(folder: Path, quick: bool) -> Path:
     """Export the encoder in FP32, verified on sentences; its manifest says whether padding may be cut off."""
     batches = tuple(make_requests(8, 0, 4))
-    axes = {1: "sequence"}
-    example = Example(
-        inputs={name: torch.from_numpy(array) for name, array in batches[0].items()},
-        dynamic={"input_ids": axes, "attention_mask": axes},
-        ranges={"sequence": (1, MAX_LENGTH)},
-    )
-    source = source_from_model("encoder", make_encoder(EXITS, quick), example, DEFAULT_OPSET)
+    source = encoder_source("encoder", make_encoder(EXITS, quick), batches[0], MAX_LENGTH)
     options = ExportOptions(precision="fp32")
     manifest = export_bundle(replace(source, calibration=batches), folder / "bundle", options, progress)
     assert manifest.trims, manifest.parity["trimming"]
@@ -98,10 +88,6 @@ def measure(cutting: Runner, plain: Runner, case: tuple[int, int], num_requests:
     without_ms = sum(value for name, value in medians.items() if name.startswith("plain")) / len(requests)
     found = {"batch": case[0], "padded_to": case[1], "plain_ms": round(without_ms, 3), "cutting_ms": round(with_ms, 3)}
     return {**found, "ratio": round(with_ms / without_ms, 4)}
-
-
-def progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 def main() -> None:

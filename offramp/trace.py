@@ -27,6 +27,7 @@ from offramp.storage import replaced_file
 UNKNOWN = -1  # label of a row whose label is not known; length of a row without tokens
 # Axis 0 of these is the rows.
 _ROW_FIELDS = ("logits", "scores", "predictions", "labels", "learned", "sources", "lengths", "retention")
+_EXIT_FIELDS = ("logits", "scores", "predictions", "learned", "retention")  # and axis 1 of these the exits
 # What the clock said: it differs from run to run, so it is no part of `Trace.sha256`.
 _TIMES = ("costs_ms", "cost_sizes", "batch_costs_ms", "uncut_ms")
 _COMPRESSION = 1  # of zlib's levels; 6 takes three times as long for 3 % less
@@ -92,6 +93,27 @@ class Trace:
     def rows(self, keep: NDArray[Any]) -> Trace:
         """The trace of the rows `keep` only, positions or a mask; costs and what recorded it stay."""
         return replace(self, **{name: getattr(self, name)[keep] for name in _ROW_FIELDS})
+
+    def exits(self, kept: Sequence[int]) -> Trace:
+        """The trace of the exits `kept` only, ascending positions, the final one last.
+
+        A segment costs what those merged into it cost together: an upper bound, for a dropped exit costs less. They
+        ran as files of their own, so `files` is empty.
+        """
+        columns = list(kept)
+        first = [0, *(k + 1 for k in columns[:-1])]
+        chosen: dict[str, Any] = {
+            name: getattr(self, name)[:, columns] if getattr(self, name).shape[1] else getattr(self, name)
+            for name in _EXIT_FIELDS
+        }
+        return replace(
+            self,
+            **chosen,
+            temperatures=self.temperatures[columns],
+            costs_ms=np.add.reduceat(self.costs_ms, first),
+            batch_costs_ms=np.add.reduceat(self.batch_costs_ms, first, axis=1),
+            files=(),
+        )
 
     def _fill_in(self, rows: int, exits: int) -> None:
         """What was left out becomes what its absence means."""

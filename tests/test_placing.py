@@ -14,7 +14,7 @@ from onnx import helper
 
 from offramp.bundle import load_manifest, replace_policy
 from offramp.cli import main
-from offramp.commands import exit_costs, traces
+from offramp.commands import exit_costs, placing, traces
 from offramp.commands.exit_costs import cached_costs
 from offramp.commands.placing import REPORT
 from offramp.commands.verification import verify_bundle
@@ -52,7 +52,7 @@ def four_exits():
 @pytest.fixture(autouse=True)
 def _quick_costs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(traces, "_COST_SECONDS", 0.0)
-    monkeypatch.setattr(exit_costs, "TIMED_ROWS", 3)
+    monkeypatch.setattr(placing, "_TIMED_ROWS", 3)
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_costs_are_measured_kept_and_used_again(bundle: Path, monkeypatch) -> No
     assert again["costs"] == document["costs"]
     assert again["residual"] == document["residual"]
     monkeypatch.undo()
-    monkeypatch.setattr(exit_costs, "TIMED_ROWS", 3)
+    monkeypatch.setattr(placing, "_TIMED_ROWS", 3)
     bound = (
         "--max-risk",
         0.2,
@@ -136,6 +136,16 @@ def test_costs_are_measured_kept_and_used_again(bundle: Path, monkeypatch) -> No
     monkeypatch.setattr(exit_costs, "measured_costs", None)
     with Runner.open(bundle) as runner, pytest.raises(TypeError):  # other threads, other costs
         cached_costs(bundle, runner, [], 1, print)
+
+
+@pytest.mark.parametrize("left", [b"", b"[]", b'{"costs": {"segments_ms": [1]}}', b'{"num_rows": 3}'])
+def test_kept_costs_that_cannot_be_read_are_measured_again(bundle: Path, left: bytes) -> None:
+    assert place(bundle, "--dry-run").exit_code == 0
+    (path,) = reference_path(bundle).glob("exit-costs/*.json")
+    path.write_bytes(left)
+    result = place(bundle, "--dry-run", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(path.read_text())["costs"] == json.loads(result.stdout)["costs"]
 
 
 def test_what_is_printed_says_what_each_exit_saves_and_costs(bundle: Path) -> None:
@@ -167,6 +177,7 @@ def test_what_cannot_be_is_refused_before_anything_is_written(bundle: Path, tmp_
         "--keep: got 'first'": ("--dry-run", "--keep", "first"),
         "--keep: got [4]": ("--dry-run", "--keep", "4", "--exit-ms", 0),
         "--exit-ms: got -1.0": ("--dry-run", "--exit-ms", -1),
+        "--exit-ms: got 1000.0 for each of 3 exits": ("--dry-run", "--exit-ms", 1000),
         "times the uncut model already": ("--dry-run", "--exit-ms", 0, "--max-worst-case", 0.1),
         "could be certified": ("--dry-run", "--exit-ms", 0, "--max-risk", 0.001),
     }

@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from offramp.cli import main
 from offramp.commands import training
 from offramp.commands.recipes import DEMO, differences, load_recipe, recipe_from_dict, recipe_names, value_from_text
+from offramp.commands.sources import CALIBRATION_TEXTS, source_from_argument
 from offramp.commands.training import TrainRequest, requested_recipe
-from offramp.errors import OptionError
+from offramp.errors import DataError, OptionError
+from offramp.models.branchynet import BranchyNetConfig
+from offramp.models.checkpoint import Checkpoint, save_checkpoint
 from offramp.models.datasets import TEXTS
 from offramp.models.images import IMAGES
 from offramp.models.kinds import KINDS
 from offramp.models.options import options_from_dict
-from offramp.models.plan import demo_plan
+from offramp.models.plan import Plan, Stage
 from tests.models.tiny_encoder import tiny_bert, tiny_tokenizer
 
 FAMILIES = ("branchynet-", "cascade-", "eat-", "efficientnet-", "patience-", "regression-")
@@ -50,7 +54,7 @@ def test_every_family_has_a_recipe_and_the_list_shows_it() -> None:
 
 
 def test_the_demo_is_the_recipe_of_the_package() -> None:
-    assert load_recipe(DEMO, {}).plan == demo_plan()
+    assert load_recipe(DEMO, {}).plan == Plan((Stage(epochs=2), Stage("labels_or_answers", 1)))
 
 
 def test_the_command_line_changes_single_values(tmp_path: Path) -> None:
@@ -108,6 +112,14 @@ def test_other_data_has_other_unlabelled_texts() -> None:
 def test_what_is_not_known_is_told(recipe: str, changes: dict[str, object], problem: str) -> None:
     with pytest.raises(OptionError, match=problem):
         load_recipe(recipe, changes)
+
+
+@pytest.mark.parametrize("changes", [{}, {"stage.epochs": 1, "data.limit": 1}])
+@pytest.mark.parametrize("text", ["stage = 3", "stage = [3]", "[stage]\nepochs = 1", "data = 3", "run = 3"])
+def test_what_is_no_table_is_told(text: str, changes: dict[str, object], tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(text)
+    with pytest.raises(OptionError, match=r"expected (a|\[\[stage\]\]) table"):
+        load_recipe(str(tmp_path / "mine.toml"), changes)
 
 
 def test_a_damaged_file_is_told(tmp_path: Path) -> None:
@@ -170,6 +182,7 @@ def test_train_kill_and_resume(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (("--exits", "one"), "expected numbers of layers"),
         (("--exits", "2", "--set", "stage.strategy=early_heads"), "none of the recipe's stages"),
         (("--set", "model.kind=branchynet"), "a branchynet model does not read"),
+        (("--set", "model.kind=cascade"), "a cascade model begins with no weights"),
     ],
 )
 def test_mistakes_end_as_one_message(tiny: Path, options: tuple[str, ...], problem: str) -> None:
@@ -177,6 +190,30 @@ def test_mistakes_end_as_one_message(tiny: Path, options: tuple[str, ...], probl
     assert code == 2
     assert problem in output
     assert not (tiny.parent / "out").exists()
+
+
+def test_an_export_calibrates_on_texts_of_one_class(tiny: Path) -> None:
+    """Labels are not looked at: what is rare may not be among the rows that training leaves behind."""
+    out = tiny.parent / "out"
+    assert run("train", tiny, "-o", out)[0] == 0
+    texts = [json.dumps({"text": f"good film {n}", "label": "good"}) for n in range(4)]
+    (out / CALIBRATION_TEXTS).write_text("\n".join(texts))
+    assert len(source_from_argument(str(out), (), 20, "", {}).calibration) == 1
+    unlabelled = tiny.parent / "unlabelled.txt"
+    unlabelled.write_text("good film\nbad film\n")
+    assert len(source_from_argument(str(out), (), 20, str(unlabelled), {}).calibration) == 1
+
+
+def test_images_to_calibrate_on_are_numbers_from_0_to_1(tmp_path: Path) -> None:
+    """Bytes would be taken for pixels up to 255."""
+    model = KINDS["branchynet"].fresh(Path(), BranchyNetConfig((4, 4), depth=1, num_classes=2, image_size=4), 0)
+    save_checkpoint(tmp_path / "out", Checkpoint(model, None, ("a", "b"), kind="branchynet"))
+    for dtype in ("float32", "uint8"):
+        np.savez(tmp_path / f"{dtype}.npz", pixels=np.ones((3, 1, 4, 4), dtype))
+    source = source_from_argument(str(tmp_path / "out"), (), 20, str(tmp_path / "float32.npz"), {})
+    assert source.calibration[0]["pixels"].shape == (3, 1, 4, 4)
+    with pytest.raises(DataError, match="pixels is uint8"):
+        source_from_argument(str(tmp_path / "out"), (), 20, str(tmp_path / "uint8.npz"), {})
 
 
 def test_a_teacher_must_read_and_know_the_same(tiny: Path) -> None:

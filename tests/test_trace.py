@@ -60,6 +60,25 @@ FULL: dict[str, Any] = {
 }
 
 
+def test_the_trace_of_some_exits_keeps_what_is_known_of_rows_and_adds_costs_up() -> None:
+    trace = replace(make_trace(), **FULL)
+    found = trace.exits([1])
+    np.testing.assert_array_equal(found.logits, trace.logits[:, [1]], strict=True)
+    np.testing.assert_array_equal(found.retention, trace.retention[:, [1]], strict=True)
+    assert found.has_learned == (False,)
+    assert (found.sources.tolist(), found.lengths.tolist()) == (trace.sources.tolist(), trace.lengths.tolist())
+    assert (found.costs_ms.tolist(), found.batch_costs_ms.tolist()) == ([3.0], [[3.0], [8.0]])
+    assert (found.uncut_ms, found.files, found.num_exits) == (trace.uncut_ms, (), 1)
+
+
+@pytest.mark.parametrize("rows", [0, 4])
+def test_the_trace_of_all_exits_is_the_trace(rows: int) -> None:
+    trace = make_trace(rows, exits=3)
+    assert trace.exits(range(3)).sha256 == trace.sha256
+    assert trace.exits(range(3)).costs_ms.tolist() == trace.costs_ms.tolist()
+    assert trace.exits([0, 2]).costs_ms.tolist() == [1.0, 5.0]
+
+
 @pytest.mark.parametrize("known", [[], list(FULL)], ids=["nothing", "everything"])
 def test_what_need_not_be_known_survives_too(tmp_path: Path, known: list[str]) -> None:
     trace = replace(make_trace(), **{name: FULL[name] for name in known})

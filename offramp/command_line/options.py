@@ -9,6 +9,7 @@ from typing import Any
 
 import click
 
+from offramp.bundle import LEARNED, SCORES
 from offramp.errors import OptionError
 
 BUNDLE = click.argument("bundle", type=click.Path(path_type=Path))
@@ -18,6 +19,13 @@ PRECISION = click.option(
     "--precision", default="auto", show_default=True, help="Which graphs run: fp32, or int8 or fp16 if exported."
 )
 THREADS = click.option("--threads", default=0, show_default="the backend's choice", help="Threads per segment.")
+SCORE = click.option(
+    "--score",
+    type=click.Choice([*SCORES, LEARNED]),
+    default="max_prob",
+    show_default=True,
+    help="What exits are sure by.",
+)
 DATA = click.option(
     "--data",
     default="rotten-tomatoes",
@@ -54,7 +62,3 @@ def whole_numbers_from_text(text: str, option: str) -> tuple[int, ...]:
 
 def picked(options: dict[str, Any], *names: str) -> dict[str, Any]:
     return {name: options[name] for name in names}
-
-
-def or_closed(threshold: float | None) -> str:
-    return "closed" if threshold is None else f"{threshold:.4f}"

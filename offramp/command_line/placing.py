@@ -13,6 +13,7 @@ from offramp.command_line.options import (
     BUNDLE,
     JSON,
     PRECISION,
+    SCORE,
     THREADS,
     names_from_text,
     picked,
@@ -36,7 +37,7 @@ from offramp.errors import OptionError
     help="A row is lost where full depth says otherwise, or where it is right and the exit is not.",
 )
 @click.option("--max-worst-case", default=1.05, show_default=True, help="Full depth ÷ uncut model; inf for no bound.")
-@click.option("--score", type=click.Choice(["max_prob", "margin", "entropy", "learned"]), default="max_prob")
+@SCORE
 @click.option("--keep", default="", metavar="1,3|none", help="Keep these exits, whatever they cost.")
 @click.option("--exit-ms", type=float, default=math.nan, show_default="measured", help="What passing an exit costs.")
 @click.option("--measure", is_flag=True, help="Measure the costs again, also where this was done before.")

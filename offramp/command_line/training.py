@@ -47,31 +47,34 @@ def _listed(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 @click.option("--list", is_flag=True, is_eager=True, expose_value=False, callback=_listed, help="List the recipes.")
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Checkpoint directory to write.")
 @click.option("--data", help="A data set's name (rotten-tomatoes, imdb, fashion-mnist, …), or a .csv/.jsonl file.")
-@click.option("--encoder", help="Directory of a pretrained BertModel.  [default: MiniLM-L6]")
+@click.option("--encoder", help="Pretrained weights: a BertModel's directory, EfficientNet's .pth.")
 @click.option("--exits", help="Exits after these layers, such as 0,2,4,6 (0: the embeddings); the last is final.")
 @click.option("--pooling", type=POOLING, help="What the final exit reads.")
 @click.option("--early-pooling", type=POOLING, help="What the other exits read.")
-@click.option("--unlabelled", help="imdb, or a .csv/.jsonl file of texts.")
+@click.option("--unlabelled", help="imdb, or a .csv/.jsonl/.txt file of texts.")
 @click.option("--epochs", type=int, help="Epochs of the first stage.")
 @click.option(
     "--distil-epochs",
     type=int,
     help="Epochs of the stages that train early exits on what the final exit answers to unlabelled texts; 0: none.",
 )
-@click.option("--batch-size", type=int)
-@click.option("--encoder-lr", type=float)
-@click.option("--head-lr", type=float)
-@click.option("--early-weight", type=float, help="Loss weight of early exits; the final one has 1.")
+@click.option("--batch-size", type=int, help="Rows of a step.")
+@click.option("--encoder-lr", type=float, help="Learning rate of all but the exit heads.")
+@click.option("--head-lr", type=float, help="Learning rate of the exit heads.")
+@click.option(
+    "--early-weight", type=float, help="Loss weight of early exits; the final one has 1. Where loss.rule is early."
+)
 @click.option("--max-length", type=int, help="Longer texts are cut to this many tokens.")
-@click.option("--seed", type=int)
+@click.option("--seed", type=int, help="Of the heads, the order of rows, and how a file of yours is split.")
 @click.option("--set", "changes", multiple=True, metavar="NAME=VALUE", help="Any other value: stage.0.strategy=berxit")
 @click.option("--resume", is_flag=True, help="Go on with the run in OUTPUT that was interrupted or killed.")
 @JSON
 def train(output: Path, recipe: str, resume: bool, as_json: bool, **options: Any) -> None:
     """Train a model with exits from RECIPE, a name that --list shows or a .toml file.
 
-    Without one, MiniLM-L6 learns Rotten Tomatoes: all exits together (joint weighted loss), then the early ones alone.
-    Options change the recipe's values. A run that was killed goes on with --resume where it stopped.
+    Without one it is minilm-rotten-tomatoes: MiniLM-L6 learns Rotten Tomatoes, all exits together (joint weighted
+    loss), then the early ones alone. Options change the recipe's values; what is not given stays as the recipe has it.
+    A run that was killed goes on with --resume where it stopped.
     """
     # Read when torch is imported: spinning threads cost 3 to 6 times the time beside any other work (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -8,19 +8,18 @@ from typing import Any
 
 import click
 
+from offramp.certificate import RISKS
 from offramp.command_line.options import (
     BACKEND,
     BUNDLE,
     JSON,
     PRECISION,
+    SCORE,
     THREADS,
     picked,
     print_result,
     steps_on_stderr,
 )
-
-_SCORES = ["max_prob", "margin", "entropy", "learned"]
-_RISKS = ["consistency", "accuracy_gap", "accuracy_gap_signed", "missed_detection", "hellinger", "brier"]
 
 
 @click.command()
@@ -32,10 +31,10 @@ _RISKS = ["consistency", "accuracy_gap", "accuracy_gap_signed", "missed_detectio
     help="Record this first: a .csv or .jsonl file (text, label), an .npz of inputs and labels, or rotten-tomatoes.",
 )
 @click.option("--trace", "trace_path", type=click.Path(path_type=Path), help="Use this trace, of the same engines.")
-@click.option("--score", type=click.Choice(_SCORES), default="max_prob", show_default=True)
+@SCORE
 @click.option("--max-risk", default=0.01, show_default=True, help="What the risk is certified to be at most.")
 @click.option("--confidence", default=0.95, show_default=True, help="Of the certificate.")
-@click.option("--risk", type=click.Choice(_RISKS), default="consistency", show_default=True)
+@click.option("--risk", type=click.Choice(list(RISKS)), default="consistency", show_default=True)
 @click.option("--class", "class_name", default="", help="The class of --risk missed_detection.")
 @click.option("--patience", default=0, show_default=True, help="Exits in a row that must agree.")
 @click.option("--minimum-depth", default=1, show_default=True, help="Segments before anybody leaves.")

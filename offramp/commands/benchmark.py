@@ -69,21 +69,20 @@ def bench_bundle(
         Runner.open(bundle, options.backend, None, *opening) as runner,
         Runner.open(bundle, runner.backend, Policy.full_depth(), *opening) as full_depth,
     ):
-        dataset = load_dataset(runner, data, "test")
         alternatives: dict[str, Answer] = {}
         if (reference_path(bundle) / WHOLE).is_file():
             alternatives |= reference_answers(bundle, runner.manifest, options.threads)
         alternatives |= {"full depth": runner_answer(full_depth), "offramp": runner_answer(runner)}
         measured: dict[str, dict[int, Measured]] = {name: {} for name in alternatives}
-        labels = dataset.labels
         for size in options.batch_sizes:
             progress(f"timing {len(alternatives)} alternatives on requests of {size}")
-            requests = load_dataset(runner, data, "test", size).batches
-            found = compare(alternatives, requests, labels, -(-options.num_rows // size))
+            asked = load_dataset(runner, data, "test", size)
+            is_first = size == options.batch_sizes[0]  # a row's answer does not depend on its batch: one time is enough
+            labels = asked.labels if is_first else np.full_like(asked.labels, UNKNOWN)
+            found = compare(alternatives, asked.batches, labels, -(-options.num_rows // size))
             for name, figures in found.items():
                 first = next(iter(measured[name].values()), figures)
                 measured[name][size] = replace(figures, accuracy=first.accuracy)
-            labels = np.full_like(labels, UNKNOWN)  # a row's answer does not depend on its batch: one time is enough
         return measured
 
 

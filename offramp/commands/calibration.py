@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from offramp.bundle import Manifest, load_manifest, replace_policy
+from offramp.bundle import load_manifest, replace_policy
 from offramp.certificate import Certificate
+from offramp.commands.dataset import class_names
 from offramp.commands.traces import TraceRequest, is_of, trace_for
 from offramp.errors import DataError, OptionError
 from offramp.policy import Policy
@@ -29,7 +30,7 @@ class Calibrated:
     certificate: Certificate | None
     report: CalibrationReport
     alternatives: tuple[Alternative, ...] = ()
-    notes: tuple[str, ...] = field(default=())
+    notes: tuple[str, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """Everything as one object that `json.dumps` takes."""
@@ -79,7 +80,7 @@ def certify_bundle(
     certified = certify(trace, base, options)
     certificate = certified.certificate
     if certificate.class_name:
-        certificate = replace(certificate, class_name=_class_names(load_manifest(bundle))[options.class_index])
+        certificate = replace(certificate, class_name=class_names(load_manifest(bundle))[options.class_index])
     found = alternatives(trace, certified, options) if is_compared else ()
     report = report_on(
         trace.rows(certified.tested), certified.policy, "label" if options.risk in LABELLED else "full_depth"
@@ -113,14 +114,10 @@ def lines_from_calibrated(found: Calibrated) -> list[str]:
 
 def class_index(bundle: Path, name: str) -> int:
     """The number of the class called `name`, or of that number where classes have no names. Raises OptionError."""
-    names = _class_names(load_manifest(bundle))
+    names = class_names(load_manifest(bundle))
     if name not in names:
         raise OptionError(f"calibrate: got class {name!r}, the model knows {', '.join(names)}")
     return names.index(name)
-
-
-def _class_names(manifest: Manifest) -> tuple[str, ...]:
-    return manifest.labels or tuple(str(number) for number in range(manifest.exits[-1].num_classes))
 
 
 def _notes(certified: Certified, trace: Trace) -> tuple[str, ...]:

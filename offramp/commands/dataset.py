@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import zipfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.bundle import Manifest
 from offramp.errors import BundleError, DataError, OptionError
 from offramp.runtime import Runner
 from offramp.runtime.record import Rows
@@ -55,11 +56,21 @@ class Dataset:
 
     def rows(self) -> list[Inputs]:
         """Every row as a request of its own."""
-        return [
-            {name: array[row : row + 1] for name, array in batch.items()}
-            for batch in self.batches
-            for row in range(len(next(iter(batch.values()))))
-        ]
+        return single_rows(self.batches)
+
+
+def single_rows(batches: Iterable[Mapping[str, NDArray[Any]]]) -> list[Inputs]:
+    """Every row of `batches` as inputs of its own."""
+    return [
+        {name: array[row : row + 1] for name, array in batch.items()}
+        for batch in batches
+        for row in range(len(next(iter(batch.values()))))
+    ]
+
+
+def class_names(manifest: Manifest) -> tuple[str, ...]:
+    """The names of the model's classes; their numbers where they have none."""
+    return manifest.labels or tuple(str(number) for number in range(manifest.exits[-1].num_classes))
 
 
 def load_dataset(runner: Runner, data: str, split: str, batch_size: int = 32) -> Dataset:
@@ -88,7 +99,7 @@ def open_rows(runner: Runner, data: str, split: str, batch_size: int = 32, limit
             f"bundle {runner.manifest.name!r} has no tokenizer, so {data} cannot be read as texts; pass an .npz file "
             f"with {', '.join(spec.name for spec in runner.manifest.inputs)}"
         )
-    names = runner.manifest.labels or tuple(map(str, range(runner.manifest.exits[-1].num_classes)))
+    names = class_names(runner.manifest)
     texts = _packaged_texts(data, split, names)
     if texts is not None:
         return _text_rows(runner, lambda: iter(texts), len(texts), batch_size, limit)

@@ -41,14 +41,15 @@ def export_llama(
 ) -> Manifest:
     """Export the Llama-like model at `path` with exits after these numbers of layers (the last layer is added).
 
-    Raises DataError, ModelError, CaptureError, CutError, ParityError or StorageError.
+    Raises OptionError, DataError, ModelError, CaptureError, CutError, ParityError or StorageError.
     """
     from dataclasses import replace
 
     from offramp.export.decoder_source import source_from_decoder
-    from offramp.export.export_decoder import export_decoder
+    from offramp.export.export_decoder import check_lowerings, export_decoder
     from offramp.models.llama import decoder_from_llama, load_llama
 
+    check_lowerings(options)
     progress("loading")
     model, tokenizer = load_llama(path)
     total = int(model.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
@@ -57,7 +58,7 @@ def export_llama(
     exits = tuple(sorted({*layers, total}))
     tokens = tokens_to_verify([tokenizer.encode(text) for text in (texts or _VERIFYING)[:_TEXTS]])
     progress(f"capturing {total} layers with exits after {', '.join(map(str, exits))}")
-    source = source_from_decoder(path.stem if path.suffix else path.name, decoder_from_llama(model, exits), tokens)
+    source = source_from_decoder(model_name(path), decoder_from_llama(model, exits), tokens)
     stop = {tokenizer.eos_token_id, *_as_list(model.config.eos_token_id)} - {None}  # type: ignore[union-attr, arg-type]
     source = replace(
         source,
@@ -65,6 +66,11 @@ def export_llama(
         tokenizer=tokenizer.backend_tokenizer.to_str().encode(),
     )
     return export_decoder(source, output, options, progress)
+
+
+def model_name(path: Path) -> str:
+    """What the bundle of the model at `path` is called: without the ending of a file, with all of a directory."""
+    return path.stem if path.suffix == ".gguf" else path.resolve().name
 
 
 def tokens_to_verify(encoded: Sequence[Sequence[int]]) -> list[list[int]]:

@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -31,7 +31,7 @@ from onnx import ModelProto
 from offramp.bundle import Manifest, SegmentSpec, load_manifest, read_file
 from offramp.commands.dataset import Inputs
 from offramp.commands.uncut import load_reference, uncut_model
-from offramp.errors import OptionError
+from offramp.errors import DataError, OptionError
 from offramp.export.attention import fused_from_segment
 from offramp.export.cut import CutModel, probed_graph, segments_from_probed
 from offramp.export.export_bundle import reference_path
@@ -42,10 +42,10 @@ from offramp.runtime import Runner
 from offramp.runtime.backends import ONNXRUNTIME
 from offramp.runtime.engine import Engine, SegmentOutput
 from offramp.runtime.onnxruntime_engine import OnnxRuntimeEngine, open_session
+from offramp.runtime.timing import interleaved_ms
 from offramp.storage import write_file
 from offramp.tuning.placement_data import Costs
 
-TIMED_ROWS = 48
 _REPEATS = 3  # of every row; the fastest counts, which is the one that nothing else disturbed
 _WARM_UP_ROUNDS = 8
 _NEVER = 1e3  # a temperature at which no row is sure: every decision is made, nobody leaves
@@ -73,17 +73,29 @@ def cached_costs(
 ) -> MeasuredCosts:
     """The costs measured before for these very engines and this number of threads, else measured now and kept.
 
-    They lie in BUNDLE.reference/exit-costs/, because they are this machine's; `is_anew` measures in any case.
+    They lie in BUNDLE.reference/exit-costs/, because they are this machine's; `is_anew` measures in any case, and what
+    cannot be read is measured again.
     """
     key = hashlib.sha256(f"{runner.manifest.fingerprint} {runner.precision} {threads}".encode()).hexdigest()[:16]
     path = reference_path(bundle) / "exit-costs" / f"{key}.json"
-    if path.is_file() and not is_anew:
-        document = json.loads(path.read_text())
-        costs = Costs(**{name: _tupled(value) for name, value in document.pop("costs").items()})
-        return MeasuredCosts(costs, **document)
+    kept = None if is_anew else _kept_costs(path)
+    if kept is not None:
+        return kept
     measured = measured_costs(bundle, runner, rows, threads, progress)
     write_file(path, (json.dumps(asdict(measured), indent=2) + "\n").encode())
     return measured
+
+
+def _kept_costs(path: Path) -> MeasuredCosts | None:
+    """What `cached_costs` wrote to `path`; None where there is nothing, or nothing that can be read."""
+    try:
+        document = json.loads(path.read_bytes())
+        costs: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in document["costs"].items()
+        }
+        return MeasuredCosts(**document | {"costs": Costs(**costs)})
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, DataError):
+        return None
 
 
 def measured_costs(
@@ -243,19 +255,16 @@ class _Variants:
 def _interleaved(passes: Mapping[str, _Pass], rows: Sequence[Inputs]) -> dict[str, NDArray[np.float64]]:
     """Milliseconds per segment, (rows, segments) for every pass: the fastest of `_REPEATS`.
 
-    Each round is one row, and another pass comes first in the next one.
+    Each round is one row, and another pass comes first in the next one; the rows stand where the warm-up left off.
     """
-    names = list(passes)
-    times: dict[str, list[list[float]]] = {name: [] for name in names}
-    for current in range(-_WARM_UP_ROUNDS, _REPEATS * len(rows)):
-        inputs = rows[current % len(rows)]
-        for offset in range(len(names)):
-            name = names[(current + offset) % len(names)]
-            taken = passes[name](inputs)
-            if current >= 0:
-                times[name].append(taken)
-    return {name: np.array(taken).reshape(_REPEATS, len(rows), -1).min(axis=0) for name, taken in times.items()}
+    times: dict[str, list[list[float]]] = {name: [] for name in passes}
 
+    def asking(name: str) -> Callable[[], None]:
+        coming = cycle(rows)
+        return lambda: times[name].append(passes[name](next(coming)))
 
-def _tupled(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    interleaved_ms({name: asking(name) for name in passes}, _REPEATS * len(rows), _WARM_UP_ROUNDS)
+    return {
+        name: np.array(taken[_WARM_UP_ROUNDS:]).reshape(_REPEATS, len(rows), -1).min(axis=0)
+        for name, taken in times.items()
+    }

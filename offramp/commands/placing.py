@@ -10,20 +10,21 @@ from pathlib import Path
 from typing import Any
 
 from offramp.bundle import load_manifest, read_policy
-from offramp.commands.dataset import ROTTEN_TOMATOES, Inputs, open_rows
-from offramp.commands.exit_costs import TIMED_ROWS, cached_costs
+from offramp.commands.dataset import ROTTEN_TOMATOES, Inputs, open_rows, single_rows
+from offramp.commands.exit_costs import cached_costs
 from offramp.commands.traces import TraceRequest, trace_for
 from offramp.commands.uncut import load_reference
 from offramp.errors import OptionError
 from offramp.export.export_bundle import ExportOptions, Extras, check_target, export_bundle
 from offramp.export.recut import calibration_batches, source_from_bundle, with_exits
-from offramp.policy import Policy
+from offramp.policy import Policy, Veto
 from offramp.runtime import Runner
 from offramp.trace import Trace
 from offramp.tuning.placement import place
 from offramp.tuning.placement_data import Costs, PlacedExit, Placement, PlacementOptions
 
 REPORT = "placement.json"  # below reports/ in the new bundle
+_TIMED_ROWS = 48
 _CALIBRATION_ROWS = 16  # per batch, as `offramp export` calibrates
 _CALIBRATION_BATCHES = 16
 _TRUSTED_RESIDUAL = 0.03  # costs that add up worse were measured beside other work
@@ -102,6 +103,11 @@ def _costs(
         return measured.costs, measured.residual
     exits_ms = (request.exit_ms,) * (trace.num_exits - 1)
     no_exits_ms = float(trace.costs_ms.sum()) - sum(exits_ms)
+    if no_exits_ms <= 0:
+        raise OptionError(
+            f"--exit-ms: got {request.exit_ms} for each of {len(exits_ms)} exits, expected less than all segments take "
+            f"together, which is {trace.costs_ms.sum():.3f}"
+        )
     uncut_ms = no_exits_ms if math.isnan(trace.uncut_ms) else trace.uncut_ms
     return Costs(tuple(trace.costs_ms.tolist()), exits_ms, uncut_ms), None
 
@@ -109,19 +115,16 @@ def _costs(
 def _timed_rows(bundle: Path, runner: Runner, asked: TraceRequest) -> list[Inputs]:
     """Single rows of the data; where none was named and the model reads no texts, of what it was exported with."""
     if asked.data or runner.manifest.text:
-        stream = open_rows(runner, asked.data or ROTTEN_TOMATOES, asked.split, 1, TIMED_ROWS)
+        stream = open_rows(runner, asked.data or ROTTEN_TOMATOES, asked.split, 1, _TIMED_ROWS)
         return [dict(one.inputs) for one in stream]
-    batches = calibration_batches(bundle)
-    sizes = [len(next(iter(batch.values()))) for batch in batches]
-    rows = [(batch, row) for batch, size in zip(batches, sizes, strict=True) for row in range(size)]
-    return [{name: array[row : row + 1] for name, array in batch.items()} for batch, row in rows[:TIMED_ROWS]]
+    return single_rows(calibration_batches(bundle))[:_TIMED_ROWS]
 
 
 def _left_out(policy: Policy) -> tuple[str, ...]:
     """What the old policy asks beside thresholds and temperatures: it counts exits that may be gone."""
     conditions = {
         "patience": policy.patience > 0,
-        "a veto": policy.veto != type(policy.veto)(),
+        "a veto": policy.veto != Veto(),
         "a minimum depth": policy.minimum_depth > 1,
         "policies of sources": bool(policy.sources),
     }
@@ -141,7 +144,7 @@ def _write(bundle: Path, output: Path, placed: Placed, batches: tuple[Inputs, ..
     manifest = load_manifest(bundle)
     source = with_exits(source_from_bundle(bundle, manifest, load_reference(bundle, manifest)), placed.placement.kept)
     if batches:
-        source = replace(source, example=dict(batches[0]), calibration=tuple(dict(batch) for batch in batches))
+        source = replace(source, example=batches[0], calibration=batches)
     lowered = sorted(set(manifest.segments[0].graphs) - {"fp32"})
     if lowered and len(source.calibration) == 1:
         rows = len(next(iter(source.calibration[0].values())))

@@ -148,6 +148,8 @@ def _override(values: dict[str, Any], name: str, value: Any) -> None:
         _set(values, name.split("."), value, name)
         return
     stages = values.setdefault("stage", [{}])
+    if not isinstance(stages, list):
+        raise OptionError(f"{name}: got stage {stages!r}, expected [[stage]] tables")
     number, _, inner = rest.partition(".")
     if number.isdecimal() and int(number) >= len(stages):
         raise OptionError(f"{name}: got stage {number}, expected 0 to {len(stages) - 1}")
@@ -156,12 +158,13 @@ def _override(values: dict[str, Any], name: str, value: Any) -> None:
         _set(stage, (inner if number.isdecimal() else rest).split("."), value, name)
 
 
-def _set(table: dict[str, Any], path: Sequence[str], value: Any, name: str) -> None:
-    for part in path[:-1]:
-        table = table.setdefault(part, {})
-        if not isinstance(table, dict):
-            raise OptionError(f"{name}: {part} is no table")
-    table[path[-1]] = value
+def _set(table: Any, path: Sequence[str], value: Any, name: str) -> None:
+    if not isinstance(table, dict):
+        raise OptionError(f"{name}: got {table!r}, expected a table with {path[0]}")
+    if len(path) == 1:
+        table[path[0]] = value
+    else:
+        _set(table.setdefault(path[0], {}), path[1:], value, name)
 
 
 def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:

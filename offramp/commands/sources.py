@@ -18,7 +18,7 @@ from offramp.commands.dataset import ROTTEN_TOMATOES, arrays_from_npz
 from offramp.errors import DataError, OptionError
 from offramp.export.chain import Arrays
 from offramp.export.source import ModelSource, TextSource, source_from_factory, source_from_model, source_from_onnx
-from offramp.models.data import load_rotten_tomatoes, load_texts
+from offramp.models.data import load_rotten_tomatoes, load_unlabelled
 
 if TYPE_CHECKING:
     from offramp.models.checkpoint import Checkpoint
@@ -140,8 +140,7 @@ def _from_image_checkpoint(
         raise DataError(f"{file} holds {got}, expected pixels (images, {', '.join(map(str, shape))}), 2 images or more")
     example = Example({"pixels": torch.from_numpy(arrays["pixels"][:_BATCH].astype(np.float32))})
     source = source_from_model(path.name, checkpoint.model, example, opset, exits)
-    batches = _batches(file, {"pixels": arrays["pixels"].astype(np.float32)}, source.inputs)
-    return replace(source, calibration=batches, labels=checkpoint.label_names)
+    return replace(source, calibration=_batches(file, arrays, source.inputs), labels=checkpoint.label_names)
 
 
 def _from_text_checkpoint(
@@ -186,10 +185,10 @@ def _calibration_texts(path: Path, calibration_data: str) -> list[str]:
     chosen = Path(calibration_data) if calibration_data else path / CALIBRATION_TEXTS
     if not chosen.is_file():
         raise DataError(
-            f"{chosen} is not there; FP16 and INT8 are calibrated on real texts: pass `--calibration-data` with a .csv "
-            f"or .jsonl file of texts, or {ROTTEN_TOMATOES}"
+            f"{chosen} is not there; FP16 and INT8 are calibrated on real texts: pass `--calibration-data` with a "
+            f".csv, .jsonl or .txt file of texts, or {ROTTEN_TOMATOES}"
         )
-    texts = [example.text for example in load_texts(chosen).examples]
+    texts = list(load_unlabelled(chosen))
     if len(texts) < 2:
         raise DataError(f"{chosen} has {len(texts)} texts, expected at least 2")
     return texts

@@ -163,12 +163,20 @@ def fresh_checkpoint(recipe: Recipe, splits: Splits) -> Checkpoint:
     known = {field.name for field in fields(kind.config)}
     facts = {name: value for name, value in facts_of(splits).items() if name in known and name not in options}
     config: Any = options_from_dict(kind.config, {**options, **facts}, "[model]")
-    weights = Path(recipe.model.get("weights", ""))
-    if kind.default_weights and not recipe.model.get("weights"):
-        weights = kind.default_weights()
-    tokenizer = tokenizer_in(weights if kind.default_weights else default_encoder_path()) if kind.is_text else None
-    model = kind.fresh(weights, config, recipe.run.seed)
+    weights = weights_of(recipe, kind)
+    tokenizer = tokenizer_in(weights or default_encoder_path()) if kind.is_text else None
+    model = kind.fresh(weights or Path(), config, recipe.run.seed)
     return Checkpoint(model, tokenizer, splits.label_names, recipe.data.max_length, recipe.model["kind"])
+
+
+def weights_of(recipe: Recipe, kind: Kind) -> Path | None:
+    """Return the pretrained weights that the model begins with, if its kind takes any. Raises OptionError."""
+    given = recipe.model.get("weights")
+    if kind.default_weights is None:
+        if given:
+            raise OptionError(f"[model], weights: got {given}; a {recipe.model['kind']} model begins with no weights")
+        return None
+    return Path(given) if given else kind.default_weights()
 
 
 def facts_of(splits: Splits) -> dict[str, Any]:

@@ -226,11 +226,16 @@ def _graph_files(graphs: Mapping[str, Sequence[ModelProto]]) -> dict[str, list[t
     files: dict[str, list[tuple[FileRecord, bytes]]] = {}
     for precision, models in graphs.items():
         contents = [model.SerializeToString(deterministic=True) for model in models]
-        name = "model.onnx" if precision == "fp32" else f"model.{precision}.onnx"
         files[precision] = [
-            (file_record(f"segments/{index:02d}/{name}", content), content) for index, content in enumerate(contents)
+            (file_record(graph_path(f"segments/{index:02d}", precision), content), content)
+            for index, content in enumerate(contents)
         ]
     return files
+
+
+def graph_path(folder: str, precision: str) -> str:
+    """Where the bundle has the graph of a segment or head."""
+    return f"{folder}/model.onnx" if precision == "fp32" else f"{folder}/model.{precision}.onnx"
 
 
 def _manifest(

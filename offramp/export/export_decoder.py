@@ -26,7 +26,7 @@ from offramp.bundle import (
     TextSpec,
     file_record,
 )
-from offramp.errors import CutError
+from offramp.errors import CutError, OptionError
 from offramp.export.chain import Arrays, Chain, open_session
 from offramp.export.cut import CutModel, segments_from_graph
 from offramp.export.decoder_source import DecoderSource
@@ -35,6 +35,7 @@ from offramp.export.export_bundle import (
     ExportOptions,
     Progress,
     check_target,
+    graph_path,
     tool_versions,
     write_bundle,
 )
@@ -66,9 +67,10 @@ def export_decoder(
 ) -> Manifest:
     """Cut `source` at its exits, verify the segments, and write `bundle` and `bundle`.reference.
 
-    Raises CutError, CaptureError, ModelError, ParityError or StorageError; then nothing has been written.
+    Raises OptionError, CutError, CaptureError, ModelError, ParityError or StorageError; then nothing has been written.
     """
     check_target(bundle)
+    check_lowerings(options)
     progress("cutting")
     model = source.model
     cut = segments_from_graph(model.graph, model.exits, model.inputs, model.dimensions, model.example, source.roles)
@@ -88,6 +90,12 @@ def export_decoder(
     manifest = replace(manifest, reference_sha256=file_record(WHOLE, whole).sha256, parity=parity.figures())
     write_bundle(bundle, manifest, contents, whole, model.calibration)
     return manifest
+
+
+def check_lowerings(options: ExportOptions) -> None:
+    """Raise OptionError for a precision that decoders are not lowered to."""
+    if others := sorted({*options.lowerings} - {"fp16"}):
+        raise OptionError(f"precision: got {', '.join(others)} for a decoder, expected fp32 or fp16")
 
 
 def _check_carries(cut: CutModel) -> None:
@@ -191,9 +199,6 @@ def _contents(source: DecoderSource, cut: CutModel, graphs: Mapping[str, _Graphs
         contents[path] = model.SerializeToString(deterministic=True)
         return file_record(path, contents[path])
 
-    def file_name(precision: str) -> str:
-        return "model.onnx" if precision == "fp32" else f"model.{precision}.onnx"
-
     segments = tuple(
         SegmentSpec(
             index=segment.index,
@@ -201,7 +206,7 @@ def _contents(source: DecoderSource, cut: CutModel, graphs: Mapping[str, _Graphs
             carry_in=segment.carry_in,
             carry_out=segment.carry_out,
             graphs={
-                precision: stored(f"segments/{segment.index:02d}/{file_name(precision)}", found.segments[segment.index])
+                precision: stored(graph_path(f"segments/{segment.index:02d}", precision), found.segments[segment.index])
                 for precision, found in graphs.items()
             },
             states=tuple(StateSpec(spec, source.roles.states[spec.name], _STATE_AXIS) for spec in segment.states),
@@ -214,7 +219,7 @@ def _contents(source: DecoderSource, cut: CutModel, graphs: Mapping[str, _Graphs
         key = cut.heads[name].SerializeToString(deterministic=True)
         if key not in heads:
             folder = f"heads/{len(heads):02d}"
-            found = {kind: stored(f"{folder}/{file_name(kind)}", some.heads[name]) for kind, some in graphs.items()}
+            found = {kind: stored(graph_path(folder, kind), some.heads[name]) for kind, some in graphs.items()}
             width = cut.heads[name].graph.input[0].type.tensor_type.shape.dim[1].dim_value
             heads[key] = HeadSpec(f"head_{len(heads)}", width, found)
         more = source.roles.row_outputs.get(name, {})

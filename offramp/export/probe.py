@@ -271,6 +271,8 @@ def _open(view: GraphView, more: GraphProto, outputs: Sequence[str]) -> ort.Infe
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.log_severity_level = 4
     options.enable_cpu_mem_arena = False  # it never gives back, and these runs are few
+    # A Shape runs as soon as its tensor is there, which is then freed; by default they come last, and all is kept.
+    options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     options.add_session_config_entry("session.disable_prepacking", "1")  # a second copy of the weights
     try:
         return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])

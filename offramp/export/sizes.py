@@ -16,8 +16,7 @@ Size = Mapping[str, int]  # length of every symbolic dimension
 # where lengths are full: a forward pass is what probing costs.
 _ROW_COUNTS = (3, 5, 2, 7, 4, 2, 6, 11)
 _TURNS = 3  # sizes at which all dimensions change at once
-# All tensors are kept at every size: a decoder with thousands of past positions took 24 GB at the end of its range.
-_LONGEST = 512
+_FEW_ROWS = 2  # where a dimension is at the end of its range
 
 
 def resize_inputs(inputs: Sequence[InputSpec], example: Arrays, size: Size) -> dict[str, NDArray[np.generic]]:
@@ -81,11 +80,14 @@ def probing_sizes(nominal: Size, dimensions: Mapping[str, DimensionSpec]) -> lis
         )
     for symbol, found in free.items():
         sizes += [{**nominal, symbol: length} for length in dict.fromkeys(found[_TURNS:][:2] or found[-1:])]
-    # Both ends: a number of blocks or a least number of tokens does not change where lengths are usual.
-    shortest = {symbol: dimensions[symbol].min for symbol in free}
-    longest = {symbol: min(dimensions[symbol].max, max(_LONGEST // len(free), nominal[symbol])) for symbol in free}
-    sizes += [{**nominal, **end} for end in (shortest, longest) if end]
-    return [{**size, ROWS: _ROW_COUNTS[turn % len(_ROW_COUNTS)]} for turn, size in enumerate(sizes)]
+    # Both ends: a number of blocks or a least number of tokens does not change where lengths are usual. At the upper
+    # one each alone: attention of thousands of past positions in chunks of hundreds takes gigabytes.
+    if free:
+        sizes.append({**nominal} | {symbol: dimensions[symbol].min for symbol in free})
+    longest = {symbol: dimensions[symbol].max for symbol in free}
+    ends = [{**nominal, symbol: most} for symbol, most in longest.items() if all(size[symbol] < most for size in sizes)]
+    sizes = [{**size, ROWS: _ROW_COUNTS[turn % len(_ROW_COUNTS)]} for turn, size in enumerate(sizes)]
+    return [*sizes, *({**size, ROWS: _FEW_ROWS} for size in ends)]
 
 
 def other_lengths(nominal: Size, dimensions: Mapping[str, DimensionSpec], symbol: str) -> list[int]:

@@ -9,15 +9,13 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
-from typing import get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from offramp.errors import OptionError
-from offramp.models.heads import Pooling, Tokens, exit_head, mean_weights
+from offramp.models.heads import Pooling, Tokens, check_exits, check_pooling, exit_head, mean_weights
 
 NUM_POSITIONS = 512
 _MASKED_SCORE = -1e4  # finite, as in encoder.py: -inf keeps the mask out of FP16, and exp(-1e4) is 0 just so
@@ -45,16 +43,9 @@ class CascadeConfig:
             raise OptionError(
                 f"hidden_size: got {self.hidden_size} for {self.num_heads} heads, expected a multiple of twice as many"
             )
-        if self.pooling not in get_args(Pooling):
-            raise OptionError(f"pooling: got {self.pooling!r}, expected one of {get_args(Pooling)}")
+        check_pooling("pooling", self.pooling)
         if min(self.num_classes, self.num_heads, self.inner_size, self.vocab_size) < 1 or not 0 <= self.dropout < 1:
             raise OptionError(f"cascade: got {self}, expected sizes from 1 and a dropout in [0, 1)")
-
-
-def check_exits(exits: tuple[int, ...], first: int) -> None:
-    """Raise OptionError unless exits are increasing numbers from `first`."""
-    if not exits or exits[0] < first or any(low >= high for low, high in pairwise(exits)):
-        raise OptionError(f"exits: got {exits}, expected increasing numbers from {first}, such as (2, 4)")
 
 
 class CascadeLayer(nn.Module):

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from offramp.errors import DataError, OptionError
-from offramp.models.cascade import check_exits
 from offramp.models.data import installed_file
+from offramp.models.heads import check_exits
 
 # repeats, kernel, stride of the first, expansion, channels: arXiv 1905.11946, table 1
 STAGES = ((1, 3, 1, 1, 16), (2, 3, 2, 6, 24), (2, 5, 2, 6, 40), (3, 3, 2, 6, 80), (3, 5, 1, 6, 112), (4, 5, 2, 6, 192))

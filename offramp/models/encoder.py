@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, get_args
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from transformers.models.bert.modeling_bert import BertEmbeddings
 from transformers.utils import logging as transformers_logging
 
 from offramp.errors import DataError, ModelError, OptionError
-from offramp.models.heads import Pooling, Tokens, exit_head, mean_weights
+from offramp.models.heads import Pooling, Tokens, check_exits, check_pooling, exit_head, mean_weights
 from offramp.models.pruning import Pruning, Shortening, check_ratio, norm_importance, prune
 from offramp.models.window_attention import Mask, run_layer, run_layer_and_listen, score_mask, window_mask
 
@@ -45,14 +45,11 @@ class EncoderConfig:
     in_blocks: bool = False
 
     def __post_init__(self) -> None:
-        increasing = all(low < high for low, high in zip(self.exits, self.exits[1:], strict=False))
-        if not self.exits or self.exits[0] < 0 or not increasing:
-            raise OptionError(f"exits: got {self.exits}, expected numbers of layers, increasing, such as (0, 2, 6)")
+        check_exits(self.exits, 0)
         if self.num_classes < 2:
             raise OptionError(f"num_classes: got {self.num_classes}, expected 2 or more")
-        for name in ("pooling", "early_pooling"):
-            if getattr(self, name) not in get_args(Pooling):
-                raise OptionError(f"{name}: got {getattr(self, name)!r}, expected one of {get_args(Pooling)}")
+        check_pooling("pooling", self.pooling)
+        check_pooling("early_pooling", self.early_pooling)
         if not 0.0 <= self.dropout < 1.0:
             raise OptionError(f"dropout: got {self.dropout}, expected a number in [0, 1)")
         if self.window < 0 or self.window % 2:
@@ -76,7 +73,7 @@ class EarlyExitEncoder(nn.Module):
     """Encoder whose forward returns one (N, C) tensor of logits per exit, in order, the final exit last.
 
     It takes over the embeddings and the first layers of `bert` (shared, not copied). `pruning_ratio` is the share of
-    tokens that goes at each pruning; training may change it between steps (`pruning.annealed_ratio`). With
+    tokens that goes at each pruning; training may change it between steps (a stage's `anneal`). With
     `reports_retention`, every exit is an ExitAnswer. Raises ModelError if `bert` has too few layers or is a decoder.
     """
 

@@ -5,17 +5,33 @@ tokens are matrix products, because ONNX Runtime's ReduceSum gives other bits in
 docs/tolerances.md), and then an answer would depend on its neighbours; a maximum does not round.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from itertools import pairwise
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from offramp.errors import OptionError
+
 Pooling = Literal["window", "mean", "cls"]
 
 # Features per token of a window head: with 384 dimensions 0.7 % of the products of six layers.
 WINDOW_FEATURES = 64
+
+
+def check_exits(exits: Sequence[int], first: int) -> None:
+    """Raise OptionError unless exits are increasing numbers from `first`."""
+    if not exits or exits[0] < first or any(low >= high for low, high in pairwise(exits)):
+        raise OptionError(f"exits: got {exits}, expected increasing numbers from {first}, such as (2, 4)")
+
+
+def check_pooling(name: str, pooling: str) -> None:
+    """Raise OptionError unless the option `name` is a pooling."""
+    if pooling not in get_args(Pooling):
+        raise OptionError(f"{name}: got {pooling!r}, expected one of {get_args(Pooling)}")
 
 
 @dataclass(frozen=True)

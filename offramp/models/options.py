@@ -14,12 +14,15 @@ from offramp.errors import OptionError
 T = TypeVar("T")
 
 
-def options_from_dict(kind: type[T], values: Mapping[str, Any], where: str) -> T:
+def options_from_dict(kind: type[T], values: object, where: str) -> T:
     """Build a dataclass from values by field name: tables become dataclasses, lists tuples, whole numbers floats.
 
-    `where` says in messages what is read. Raises OptionError for an unknown name, with the nearest known one, for a
-    missing one, for a value of the wrong type, and what the dataclass itself raises.
+    `where` says in messages what is read. Raises OptionError for what is no table, for an unknown name, with the
+    nearest known one, for a missing one, for a value of the wrong type, and what the dataclass itself raises.
     """
+    if not isinstance(values, Mapping):
+        names = ", ".join(field.name for field in fields(kind))  # type: ignore[arg-type]
+        raise OptionError(f"{where}: got {values!r}, expected a table with {names}")
     hints = typing.get_type_hints(kind)
     known = {field.name: field for field in fields(kind)}  # type: ignore[arg-type]
     check_names(values, known, where)
@@ -59,13 +62,7 @@ def _converted(value: Any, hint: Any, where: str) -> Any:
         inner = [argument for argument in arguments if argument is not type(None)]
         return None if value is None else _converted(value, inner[0], where)
     if isinstance(hint, type) and is_dataclass(hint):
-        if isinstance(value, hint):
-            return value
-        if not isinstance(value, Mapping):
-            raise OptionError(
-                f"{where}: got {value!r}, expected a table with {', '.join(f.name for f in fields(hint))}"
-            )
-        return options_from_dict(hint, value, where)
+        return value if isinstance(value, hint) else options_from_dict(hint, value, where)
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise OptionError(f"{where}: got {value!r}, expected a list")

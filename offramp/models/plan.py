@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 import torch
 
@@ -110,25 +110,6 @@ class Plan:
             first += stage.epochs
         raise AssertionError(f"epoch {epoch} of {self.num_epochs}")
 
-    def to_dict(self) -> dict[str, Any]:
-        """Return the plan as plain values, which `plan_from_dict` reads."""
-        return asdict(self)
-
-
-def plan_from_dict(values: Mapping[str, Any]) -> Plan:
-    """Rebuild a plan from `Plan.to_dict`. Raises TypeError, KeyError or OptionError for anything else."""
-    stages = tuple(
-        Stage(**{**stage, "loss": LossOptions(**_tuples(stage["loss"])), "anneal": _tuples(stage["anneal"])})
-        for stage in values["stages"]
-    )
-    return Plan(stages, RunOptions(**_tuples(values["run"])))
-
-
-def demo_plan(epochs: int = 2, distil_epochs: int = 1, seed: int = 0) -> Plan:
-    """Return the recipe of the demo: all exits together, then the early heads on labels and final answers."""
-    joint, distil = Stage(epochs=epochs), Stage("labels_or_answers", distil_epochs) if distil_epochs else None
-    return Plan((joint, distil) if distil else (joint,), RunOptions(seed=seed))
-
 
 def precision_of_cpu(precision: Precision) -> Literal["float32", "bfloat16"]:
     """Resolve "auto": bfloat16 where the CPU multiplies it in hardware (AVX512_BF16 or AMX), else float32.
@@ -146,8 +127,3 @@ def check_at_least(name: str, value: int, least: int) -> None:
     """Raise OptionError unless `value` is at least `least`."""
     if value < least:
         raise OptionError(f"{name}: got {value}, expected {least} or more")
-
-
-def _tuples(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The same, with tuples for lists: what torch.load and TOML hand out."""
-    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}

@@ -20,7 +20,6 @@ Importance = Literal["norm", "attention"]
 
 _STEPS = 1000  # a ratio is rounded to this many steps, so that counts are exact integers everywhere
 _CLS_IMPORTANCE = 1e4  # above all others, and a number that FP16 has
-_ANNEALED_FROM, _ANNEALED_TO = 1.0, 3.0  # epochs done; section 4, "Schedule": epochs 2 and 3
 
 
 @dataclass(frozen=True)
@@ -56,15 +55,6 @@ def check_ratio(ratio: float) -> None:
     """Raise OptionError unless `ratio` is a share of tokens that may go."""
     if not 0.0 <= ratio < 1.0:
         raise OptionError(f"pruning ratio: got {ratio}, expected a number in [0, 1)")
-
-
-def annealed_ratio(epochs: float, ratio: float) -> float:
-    """Return the ratio after `epochs` epochs, fractions allowed: 0 in the first, `ratio` from the end of the third.
-
-    arXiv 2510.12856, Algorithm 2: linear between.
-    """
-    share = (epochs - _ANNEALED_FROM) / (_ANNEALED_TO - _ANNEALED_FROM)
-    return ratio * min(1.0, max(0.0, share))
 
 
 def num_kept(num_tokens: int, ratio: float, pruning: Pruning) -> int:

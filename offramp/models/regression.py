@@ -7,13 +7,13 @@ far off the value will be, 1 − tanh|error|, and rows leave where that is high.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple, get_args
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from offramp.errors import OptionError
-from offramp.models.heads import Pooling, Tokens, exit_head
+from offramp.models.heads import Pooling, Tokens, check_exits, check_pooling, exit_head
 
 
 class Value(NamedTuple):
@@ -40,9 +40,9 @@ class RegressionConfig:
     num_classes: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
-        for name in ("pooling", "early_pooling"):
-            if getattr(self, name) not in get_args(Pooling):
-                raise OptionError(f"{name}: got {getattr(self, name)!r}, expected one of {get_args(Pooling)}")
+        check_exits(self.exits, 0)
+        check_pooling("pooling", self.pooling)
+        check_pooling("early_pooling", self.early_pooling)
         if not self.scale > 0:
             raise OptionError(f"scale: got {self.scale}, expected a positive number")
 

@@ -16,7 +16,8 @@ import torch
 from torch import nn
 
 from offramp.errors import DataError
-from offramp.models.plan import Plan, plan_from_dict
+from offramp.models.options import options_from_dict
+from offramp.models.plan import Plan
 from offramp.storage import write_file
 
 TRAINING_FILE = "training.pt"
@@ -80,7 +81,7 @@ def bytes_from_snapshot(snapshot: Snapshot) -> bytes:
     """Return the content of the file."""
     state = {
         "version": FORMAT_VERSION,
-        "plan": snapshot.plan.to_dict(),
+        "plan": asdict(snapshot.plan),
         "position": asdict(snapshot.position),
         "model": dict(snapshot.model),
         "optimizer": dict(snapshot.optimizer),
@@ -101,13 +102,9 @@ def load_snapshot(folder: Path) -> Snapshot:
         state = torch.load(file, map_location="cpu", weights_only=True)
         if state["version"] != FORMAT_VERSION:
             raise ValueError(f"format version {state['version']}, this offramp reads {FORMAT_VERSION}")
-        position = state["position"]
-        epochs = tuple(
-            EpochReport(**{**epoch, "validation": tuple(epoch["validation"])}) for epoch in position["epochs"]
-        )
         return Snapshot(
-            plan=plan_from_dict(state["plan"]),
-            position=Position(**{**position, "epochs": epochs, "losses": tuple(position["losses"])}),
+            plan=options_from_dict(Plan, state["plan"], "plan"),
+            position=options_from_dict(Position, state["position"], "position"),
             model=state["model"],
             optimizer=state["optimizer"],
             sizes=list(state["sizes"]),

@@ -18,7 +18,7 @@ from offramp.report.findings import (
     Waterfall,
 )
 from offramp.report.naming import name_points
-from offramp.report.svg import ACCENT, CARD, INFO, INK, MUTED, SOFT, WARN, Drawing, drawing, printable
+from offramp.report.svg import ACCENT, CARD, INFO, INK, MUTED, SOFT, WARN, drawing, printable
 from offramp.report.words import RISK_AXES, share
 from offramp.tuning.diagnostics import Quality, ReliabilityBin
 
@@ -32,7 +32,7 @@ _MOST_CLASSES = 20  # of a confusion matrix that can be read
 _LONGEST_NAME = 14
 
 
-def frontier(found: Findings) -> Drawing:
+def frontier(found: Findings) -> str:
     """Accuracy (agreement without labels) over mean time, of the policy and everything else."""
     labelled = found.chosen.accuracy is not None
 
@@ -70,7 +70,7 @@ def frontier(found: Findings) -> Drawing:
     return drawing("frontier", (WIDE, 300), f"Scatter of {quality} over mean time per row for each alternative", draw)
 
 
-def leaving(exits: tuple[ExitFinding, ...]) -> Drawing:
+def leaving(exits: tuple[ExitFinding, ...]) -> str:
     """Share of the rows that leave at each exit."""
 
     def draw(figure: Figure) -> None:
@@ -88,7 +88,7 @@ def leaving(exits: tuple[ExitFinding, ...]) -> Drawing:
     )
 
 
-def survivors(exits: tuple[ExitFinding, ...]) -> Drawing:
+def survivors(exits: tuple[ExitFinding, ...]) -> str:
     """Share of the rows that each segment still runs for."""
 
     def draw(figure: Figure) -> None:
@@ -109,7 +109,7 @@ def survivors(exits: tuple[ExitFinding, ...]) -> Drawing:
     return drawing("survivors", (HALF, 210), "Steps: share of the rows still there at each segment", draw)
 
 
-def waterfall(found: Waterfall) -> Drawing:
+def waterfall(found: Waterfall) -> str:
     """From full depth to the policy, one bar per saving or cost."""
 
     def draw(figure: Figure) -> None:
@@ -143,7 +143,7 @@ def waterfall(found: Waterfall) -> Drawing:
     )
 
 
-def reliability(exit_index: int, found: Quality, title: str) -> Drawing:
+def reliability(exit_index: int, found: Quality, title: str) -> str:
     """Accuracy over confidence at one exit; the area of a dot is its share of the rows."""
     total = sum(point.num_rows for point in found.reliability)
 
@@ -172,7 +172,7 @@ def _is_off(point: ReliabilityBin) -> bool:
     return bool(abs(point.accuracy - point.confidence) > 2 * error)
 
 
-def risk_path(path: RiskPath, chosen: Alternative) -> Drawing:
+def risk_path(path: RiskPath, chosen: Alternative) -> str:
     """Losses and their upper bound along the sequence of a test, and the part that is certified."""
 
     def draw(figure: Figure) -> None:
@@ -208,7 +208,7 @@ def risk_path(path: RiskPath, chosen: Alternative) -> Drawing:
     return drawing("risk-path", (WIDE, 280), "Risk and its upper bound along the path of thresholds", draw)
 
 
-def agreement(matrix: tuple[tuple[float, ...], ...]) -> Drawing:
+def agreement(matrix: tuple[tuple[float, ...], ...]) -> str:
     """Share of the rows to which two exits say the same."""
     names = [str(k) for k in range(len(matrix))]
 
@@ -224,7 +224,7 @@ def agreement(matrix: tuple[tuple[float, ...], ...]) -> Drawing:
     return drawing("agreement", (340, 310), "Matrix: share of the rows to which two exits give the same answer", draw)
 
 
-def confusion(found: Confusion) -> Drawing | None:
+def confusion(found: Confusion) -> str | None:
     """Answers against labels; None where there are too many classes to read."""
     if len(found.names) > _MOST_CLASSES:
         return None
@@ -245,7 +245,7 @@ def confusion(found: Confusion) -> Drawing | None:
     return drawing("confusion", (340, 310), f"Matrix: the policy's answers against the {found.reference}", draw)
 
 
-def overthinking(exits: tuple[ExitFinding, ...]) -> Drawing:
+def overthinking(exits: tuple[ExitFinding, ...]) -> str:
     """Rows that going on from an exit wins and loses."""
 
     def draw(figure: Figure) -> None:
@@ -273,7 +273,7 @@ def overthinking(exits: tuple[ExitFinding, ...]) -> Drawing:
     )
 
 
-def retention(bins: tuple[RetentionBin, ...]) -> Drawing:
+def retention(bins: tuple[RetentionBin, ...]) -> str:
     """Tokens kept over the length of a row: median and the middle 90 %."""
 
     def draw(figure: Figure) -> None:

@@ -1,6 +1,6 @@
 """Where the names of points go: a small figure with a dozen points, and no name over another or over a point.
 
-Greedy: the policy's name first, each at the place around its point where it covers least.
+Greedy: the policy's name first, each at the place around its point where it and the line to it cover least.
 """
 
 from __future__ import annotations
@@ -41,9 +41,13 @@ def name_points(axes: Axes, alternatives: Sequence[Alternative], height: Callabl
         far = [(x, y) for y in (-36.0, -52.0, -68.0, 28.0) for x in (0.0, beside, -beside, 2 * beside)]
         spots = near + far
         boxes = [_box(axes, point.ms, y, spot, len(text)) for spot in spots]
-        costs = [_hidden(axes, box) * 3 + sum(_overlap(box, other) for other in taken) for box in boxes]
+        lines = [_line(axes, point.ms, y, spot) if spot in far else [] for spot in spots]
+        costs = [
+            3 * _hidden(axes, box) + sum(_overlap(part, other) for part in (box, *line) for other in taken)
+            for box, line in zip(boxes, lines, strict=True)
+        ]
         best = costs.index(min(costs))
-        taken.append(boxes[best])
+        taken += [boxes[best], *lines[best]]
         is_chosen = point.kind == "chosen"
         axes.annotate(
             text,
@@ -66,6 +70,11 @@ def _box(axes: Axes, x: float, y: float, offset: tuple[float, float], num_charac
         reach = 3.0 + 3 * num_characters
         return centre - reach, base - reach, centre + reach, base + reach
     return centre - 3.1 * num_characters, base - 2, centre + 3.1 * num_characters, base + 10
+
+
+def _line(axes: Axes, x: float, y: float, offset: tuple[float, float]) -> list[_Box]:
+    """What the line from a point to its name runs over, as dots; the first are left out, for they lie on the point."""
+    return [_box(axes, x, y, (part * offset[0], part * offset[1]), 0) for part in (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)]
 
 
 def _overlap(one: _Box, other: _Box) -> float:

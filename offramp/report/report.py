@@ -125,16 +125,17 @@ def _check(evidence: Evidence) -> None:
 def _missing(evidence: Evidence) -> tuple[Missing, ...]:
     """What would make the report more complete."""
     bundle, trace = evidence.bundle, evidence.trace
-    record = f"offramp trace {bundle} --data FILE -o TRACE.npz"
-    wanted = {
-        Missing("labels, for accuracy, reliability and overthinking", record): not (trace.labels != UNKNOWN).any(),
-        Missing("the time of the uncut model", record): math.isnan(trace.uncut_ms),
-        Missing("a placement: which exits are worth keeping", f"offramp place {bundle} -o PLACED"): evidence.placement
-        is None,
-        Missing(
-            "times measured end to end",
-            f"offramp bench {bundle} --batch-sizes 1 --json > bench.json, then --bench bench.json",
-        ): evidence.benchmark is None,
-        Missing("examples with their texts", f"offramp report {bundle} --examples FILE"): not evidence.texts,
-    }
-    return tuple(missing for missing, is_missing in wanted.items() if is_missing)
+    record = f"offramp trace {bundle} --data FILE -o TRACE.npz, then --trace TRACE.npz"
+    bench = f"offramp bench {bundle} --batch-sizes 1 --json > bench.json, then --bench bench.json"
+    wanted = (
+        ("labels, for accuracy, reliability and overthinking", record, not (trace.labels != UNKNOWN).any()),
+        ("the time of the uncut model", record, math.isnan(trace.uncut_ms)),
+        (
+            "a placement: which exits are worth keeping",
+            f"offramp place {bundle} -o PLACED, then report on PLACED",
+            evidence.placement is None,
+        ),
+        ("times measured end to end", bench, evidence.benchmark is None),
+        ("examples with their texts", f"offramp report {bundle} --examples FILE -o PAGE.html", not evidence.texts),
+    )
+    return tuple(Missing(what, command) for what, command, is_missing in wanted if is_missing)

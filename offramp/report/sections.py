@@ -7,17 +7,15 @@ from dataclasses import dataclass, replace
 
 from offramp.report import figures, words
 from offramp.report.findings import Example, Findings, Missing
-from offramp.report.svg import Drawing
 from offramp.report.words import count, ms, number, share
 
 
 @dataclass(frozen=True)
 class Table:
-    """The numbers behind a figure; all columns but the first `num_text` are numbers."""
+    """The numbers behind a figure; the first column names the rows."""
 
     columns: tuple[str, ...]
     rows: tuple[tuple[str, ...], ...]
-    num_text: int = 1
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Section:
     key: str
     topic: str
     reading: str = ""
-    drawings: tuple[Drawing, ...] = ()
+    drawings: tuple[str, ...] = ()  # SVG
     captions: tuple[str, ...] = ()  # one under each drawing, where there are several
     caption: str = ""
     brief: Table | None = None  # shown openly
@@ -84,6 +82,11 @@ def _frontier(found: Findings) -> Section:
         if point.kind != "sweep"
     )
     kinds = "Line: one threshold for all exits, from strict to loose. Squares: everybody leaves at that exit."
+    clock = "not a measurement end to end: for that, run offramp bench."
+    if found.alternative("measured"):
+        clock = (
+            "not a measurement end to end. Rings: what offramp bench timed end to end, and scored, on rows of its own."
+        )
     return Section(
         "frontier",
         "Accuracy against time",
@@ -91,7 +94,7 @@ def _frontier(found: Findings) -> Section:
         (figures.frontier(found),),
         caption=f"{kinds} {count(found.subject.num_rows)} rows replayed; a row's time is the sum of the median "
         "times of its "
-        f"segments for one row ({where}), not a measurement end to end: for that, run offramp bench.",
+        f"segments for one row ({where}), {clock}",
         brief=Table(("", "per row", "accuracy" if found.chosen.accuracy is not None else "same answer"), brief),
         table=Table(
             (

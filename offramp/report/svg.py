@@ -10,7 +10,6 @@ import io
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from xml.etree import ElementTree
 
@@ -66,15 +65,7 @@ _SETTINGS: dict[Any, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Drawing:
-    """A figure for the page: its markup, and how wide it is in the units of its text."""
-
-    svg: str
-    width: float
-
-
-def drawing(name: str, size: tuple[float, float], title: str, draw: Callable[[Figure], None]) -> Drawing:
+def drawing(name: str, size: tuple[float, float], title: str, draw: Callable[[Figure], None]) -> str:
     """What `draw` puts on a figure of `size` (width and height in points), as markup for an HTML page.
 
     `name` is unique on the page; `title` says in words what is drawn. Raises BackendError without matplotlib.
@@ -90,7 +81,7 @@ def drawing(name: str, size: tuple[float, float], title: str, draw: Callable[[Fi
         figure = Figure((size[0] / 72, size[1] / 72), dpi=72, layout="constrained")
         draw(figure)
         figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
-    return Drawing(_inline(stream.getvalue(), name, title), size[0])
+    return _inline(stream.getvalue(), name, title)
 
 
 def printable(text: str) -> str:

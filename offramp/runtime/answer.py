@@ -19,7 +19,6 @@ from offramp.runtime.runner import Part, Result
 
 if TYPE_CHECKING:
     from offramp.policy import Policy
-    from offramp.runtime.monitor import Monitor
     from offramp.runtime.monitor_watch import Watch
     from offramp.runtime.pool import Pool
 
@@ -65,11 +64,6 @@ class Answer:
         self._error: BaseException | None = None
         self._callbacks: tuple[Callable[[Answer], object], ...] = ()
         self._waiters: tuple[Any, ...] = ()  # asyncio futures
-
-    @property
-    def monitor(self) -> Monitor | None:
-        """What watches the requests of its pool."""
-        return self._pool.runner.monitor
 
     def done(self) -> bool:
         """Whether the answer, or what refused it, is there."""
@@ -139,8 +133,7 @@ def finish(answers: Sequence[Answer], outcomes: Sequence[Result | BaseException]
     """Write the answers, which the caller has claimed, and wake who waits: one call into each event loop."""
     if not answers:
         return
-    if answers[0].monitor is not None:
-        _observe(answers, outcomes)
+    _observe(answers, outcomes)
     called: list[Answer] = []
     waiters: dict[Any, list[Any]] = {}  # loop -> asyncio futures
     with answers[0]._pool._lock:

@@ -37,8 +37,8 @@ class Leaving:
 
     def add_parts(self) -> None:
         """Give requests of several rows what was said about those that are here."""
-        if self.owners[0].monitor is not None:
-            note_retention([owner.watch for owner in self.owners], self.out)
+        if self.out.retention is not None:
+            note_retention([owner.watch for owner in self.owners], self.out.retention)
         first = 0
         for owner, run in groupby(self.owners) if any([owner.num_rows > 1 for owner in self.owners]) else ():
             end = first + len(list(run))
@@ -114,8 +114,9 @@ def decided(
             continue
         state = joined([group.state for group in cohort])
         leaves, reason, state = owners[0].policy.decide(exit_index, said, state)
-        if owners[0].monitor is not None:
-            leaves = held(exit_index, [owner.watch for owner in owners], positions, said, leaves)
+        watches = [owner.watch for owner in owners]
+        if any(watches):
+            leaves = held(exit_index, watches, positions, said, leaves)
         left = leaves.tolist()
         if False not in left:
             leaving.append(Leaving(said, owners, positions, exit_index, reason))

@@ -1,4 +1,4 @@
-"""The engine seam: what the runner asks of whatever executes one segment, and the public fake for tests."""
+"""The engine seam: what the runner asks of whatever executes one segment. `fake.py` has the public fake for tests."""
 
 from __future__ import annotations
 

@@ -174,8 +174,8 @@ class Generator:
         live: list[_Sequence] = []
         stop = {*options.stop_tokens, *self.decoder.spec.stop_tokens}
 
-        def choose(row: int, logits: NDArray[np.float32]) -> int:
-            return sampled(logits, options.sampling, live[row].random)
+        def choose(slot: int, logits: NDArray[np.float32]) -> int:
+            return sampled(logits, options.sampling, live[slot].random)
 
         chosen = None if options.sampling.is_greedy else choose
         stepper = Stepper(self.decoder, self.policy, options.mode, options.draft, chosen)
@@ -186,10 +186,7 @@ class Generator:
                 room = min(options.max_new_tokens, self.decoder.spec.max_positions - len(tokens) + 1)
                 random = options.sampling.generator(position)
                 live.append(_Sequence(position, 0, completions[position], random, room))
-                alone = Stepper(
-                    self.decoder, self.policy, options.mode, options.draft, chosen and _from(choose, len(live) - 1)
-                )
-                yield self._taken(live[-1], [alone.prompt(len(live) - 1, tokens)], stop)
+                yield self._taken(live[-1], [stepper.prompt(len(live) - 1, tokens)], stop)
                 self._retire(live)
                 position += 1
             if live:
@@ -240,8 +237,3 @@ class Generator:
                 if slot < len(live):
                     self.decoder.move(len(live), slot)
                     live[slot] = last
-
-
-def _from(choose: Any, offset: int) -> Any:
-    """`choose` for rows counted from slot `offset`."""
-    return lambda row, logits: choose(offset + row, logits)

@@ -153,9 +153,8 @@ class Monitor:
             with self._lock:
                 figures = self._figures_of(watch.source)
                 figures.add(exits, watch.exits, result.score.tolist(), result.reason, unscored)
-                figures.vetoes += watch.vetoes
-                if watch.retention:
-                    figures.add_retention(watch.retention)
+                figures.vetoes += sum(watch.vetoes)
+                figures.add_retention(watch.retention)
                 self._end(watch)
             if self._changes:
                 self._tell()
@@ -230,20 +229,21 @@ class Monitor:
         if positions:
             watch.is_forced = stream.forces_full_depth
             watch.audit(positions, num_rows, len(stream.audits))
-        watch.pending = pending = self._pending[stream.name]
+        pending = self._pending[stream.name]
         pending.append(watch)
         if len(pending) > MOST_PENDING:
             self._lost += 1
             pending.popleft()
-            self._drain(stream, pending)
+            self._drain(stream)
 
     def _end(self, watch: Watch) -> None:
         watch.is_done = True
-        if watch.stream is not None and watch.pending is not None:
-            self._drain(watch.stream, watch.pending)
+        if watch.stream is not None:
+            self._drain(watch.stream)
 
-    def _drain(self, stream: Stream, pending: deque[Watch]) -> None:
+    def _drain(self, stream: Stream) -> None:
         """Requests that ended, up to the first that did not, are evidence."""
+        pending = self._pending[stream.name]
         while pending and pending[0].is_done:
             watch = pending.popleft()
             if watch.exits and watch.epoch == stream.epoch:

@@ -113,8 +113,10 @@ class FiguresBySource:
     def of(self, source: str) -> Figures:
         """The figures that rows of `source` are counted in."""
         figures = self.by_source.get(source)
-        if figures is not None:
-            return figures
-        if source and (len(self.by_source) > self.max_sources or len(source) > _LONGEST_NAME):
-            source = OTHER
-        return self.by_source.setdefault(source, Figures(self.num_exits))
+        if figures is None:
+            if source and (len(self.by_source) > self.max_sources or len(source) > _LONGEST_NAME):
+                source = OTHER
+            figures = self.by_source.get(source)
+        if figures is None:
+            figures = self.by_source[source] = Figures(self.num_exits)
+        return figures

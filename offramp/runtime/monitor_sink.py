@@ -57,7 +57,7 @@ class Sink:
                 level = logging.WARNING if {change.before, change.after} & {FULL_DEPTH, RECOVERY} else logging.INFO
                 _LOG.log(level, "monitor%s: %s -> %s: %s", whose, change.before, change.after, change.cause)
                 self._on_change(change)
-            except Exception:
+            except BaseException:  # sys.exit() ends a thread, and nobody would be told any more
                 _LOG.exception("a callback of the monitor failed at %s", change)
                 with self._lock:
                     self.errors += 1

@@ -276,16 +276,26 @@ def _source(document: dict[str, Any]) -> SourceSnapshot:
 
 def _check(snapshot: Snapshot) -> None:
     """Raise ValueError unless counts are counts, one per exit, and states are states."""
+    counts = [snapshot.lost, snapshot.errors, snapshot.callback_errors]
+    numbers = [snapshot.time_s]
     for found in snapshot.sources.values():
-        counts = [*found.depths, *found.exits, *found.reasons.values(), *found.retention.values(), found.rows]
+        counts += [*found.depths, *found.exits, *found.reasons.values(), *found.retention.values()]
+        counts += [found.rows, found.nan_scores, found.vetoes, found.failed]
         for bins in found.scores:
             counts += bins.values()
-        if not all(type(count) is int and count >= 0 for count in counts):
-            raise ValueError("counts are whole numbers, 0 or more")
         if {len(found.depths), len(found.exits), len(found.scores)} != {snapshot.num_exits}:
             raise ValueError(f"expected figures of {snapshot.num_exits} exits")
     for stream in snapshot.streams.values():
         if stream.state not in STATES or len(stream.audits) != len(stream.losses) or not 0 < stream.max_risk < 1:
             raise ValueError(f"got state {stream.state!r}")
-        if not all(type(count) is int and count >= 0 for count in (*stream.audits, *stream.losses)):
-            raise ValueError("counts are whole numbers, 0 or more")
+        counts += [*stream.audits, *stream.losses, *(getattr(stream, name) for name in _ADDED)]
+        alarms = [stream.mix_alarm, stream.risk_alarm, stream.lifetime_alarm]
+        numbers += [stream.mix_evidence, stream.risk_evidence, *alarms]
+        if min(alarms) <= 0:
+            raise ValueError("evidence for an alarm is more than 0")
+    if not all(type(count) is int and count >= 0 for count in counts):
+        raise ValueError("counts are whole numbers, 0 or more")
+    if not all(type(number) in (int, float) for number in numbers):
+        raise ValueError("times and evidence are numbers")
+    if not all(isinstance(name, str) for name in snapshot.processes):
+        raise ValueError("processes are names")

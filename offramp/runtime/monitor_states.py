@@ -176,7 +176,6 @@ class Stream:
         self._policy_sha256 = baseline.policy_sha256  # of the policy that runs
         self._cooling = 0
         self._block = (0, [0] * len(baseline.exit_counts))  # of the recertification: attempt, and where its rows left
-        self._has_shifted = False
         self.baseline = baseline
         self._rate = options.audit_rate
         self._gap = 0
@@ -313,15 +312,14 @@ class Stream:
         for exit_index in exits:
             counts[exit_index] += 1
         mix = self.mix.update(exits) if self.mix else math.inf
-        self._has_shifted = mix >= self._mix_suspect
         for _, is_loss in audits:
             if self.recertification.update(is_loss):
-                self._recover(tuple(counts))
+                self._recover(tuple(counts), has_shifted=mix >= self._mix_suspect)
                 return
 
-    def _recover(self, counts: tuple[int, ...]) -> None:
+    def _recover(self, counts: tuple[int, ...], has_shifted: bool) -> None:
         """The policy was certified again, on rows that left at `counts`: the baseline if the old one fits no more."""
-        if self._has_shifted:
+        if has_shifted:
             self.baseline = replace(self.baseline, exit_counts=counts)
         self.baseline = replace(self.baseline, policy_sha256=self._policy_sha256)
         self.epoch += 1

@@ -8,7 +8,6 @@ the policy said. Rows with another reason are answered exactly as the policy ans
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
@@ -19,7 +18,6 @@ from numpy.typing import NDArray
 from offramp.policy import Decision, ExitOutput, Policy, PolicyState, score_values
 
 if TYPE_CHECKING:
-    from offramp.runtime.engine import SegmentOutput
     from offramp.runtime.monitor import Monitor
     from offramp.runtime.monitor_states import Stream
     from offramp.runtime.runner import Result
@@ -34,12 +32,9 @@ class Watch:
     # Most requests change little of this: what is not said in __init__ is shared by all of them.
     stream: Stream | None = None  # that it is evidence for
     epoch = -1  # of the stream when it began; -1: it is no evidence
-    pending: deque[Watch] | None = None  # requests of the stream, in the order they came
     audited: Sequence[int] | None = None  # positions of rows, ascending; None: no row
     is_forced = False  # every row goes to full depth
     counts_vetoes = False
-    vetoes = 0
-    retention: Sequence[float] = ()
     # What it leaves behind: see Stream.update.
     is_done = False
     exits: Sequence[int] = ()
@@ -49,6 +44,9 @@ class Watch:
         self.monitor = monitor
         self.source = source
         self.policy = policy
+        # Lists, because several workers of a pool may append at once.
+        self.vetoes: list[int] = []
+        self.retention: list[float] = []
 
     def audit(self, positions: Sequence[int], num_rows: int, num_exits: int) -> None:
         """The rows at `positions`, of `num_rows`, are audited."""
@@ -102,7 +100,7 @@ class Watch:
     ) -> None:
         if self.audited is not None:  # those that the policy let go before are none
             leaves = leaves | [self._policy_exits[position] < exit_index for position in positions]
-        self.vetoes += num_vetoed(self.policy, exit_index, out, leaves)
+        self.vetoes.append(num_vetoed(self.policy, exit_index, out, leaves))
 
 
 class WatchedPolicy:
@@ -128,25 +126,23 @@ def held(
     exit_index: int, watches: Sequence[Watch | None], positions: Sequence[int], out: Any, leaves: NDArray[np.bool_]
 ) -> NDArray[np.bool_]:
     """`Watch.hold` for S rows of several requests: row i is row `positions[i]` of the request of `watches[i]`."""
-    first = 0
+    first, kept = 0, leaves
     for watch, run in groupby(watches):
         end = first + len(list(run))
         if watch is not None and watch.is_holding:
             here = slice(first, end)
-            kept = watch.hold(exit_index, positions[here], out.rows(here), leaves[here])
-            leaves = leaves.copy()
-            leaves[here] = kept
+            if kept is leaves:
+                kept = leaves.copy()
+            kept[here] = watch.hold(exit_index, positions[here], out.rows(here), leaves[here])
         first = end
-    return leaves
+    return kept
 
 
-def note_retention(watches: Sequence[Watch | None], out: SegmentOutput) -> None:
-    """The shares of tokens that S rows of `watches` kept, where the model prunes tokens and says so."""
-    kept = out.retention
-    if kept is not None:
-        for watch, share in zip(watches, kept.tolist(), strict=True):
-            if watch is not None:
-                watch.retention = [*watch.retention, share]
+def note_retention(watches: Sequence[Watch | None], retention: NDArray[np.float32]) -> None:
+    """The shares of tokens that S rows of `watches` kept: `retention` (S,)."""
+    for watch, share in zip(watches, retention.tolist(), strict=True):
+        if watch is not None:
+            watch.retention.append(share)
 
 
 def num_vetoed(policy: Policy, exit_index: int, out: ExitOutput, leaves: NDArray[np.bool_]) -> int:

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.bundle import ROWS
-from offramp.errors import ClosedError, DeadlineError, InputError, QueueFullError
+from offramp.errors import ClosedError, DeadlineError, InputError, OptionError, QueueFullError
 from offramp.runtime.admission import Admission, check_options, padded_row_shapes, plain_shapes
 from offramp.runtime.answer import Answer, finish, refuse
 from offramp.runtime.batch import Leaving, by_policy, decided, gathered, merged_inputs, whole_result
@@ -101,6 +101,8 @@ class Pool:
         names, dtypes and shapes (values are looked at with the batch: the answer raises), OptionError,
         QueueFullError or ClosedError.
         """
+        if deadline_ms != deadline_ms:
+            raise OptionError(f"pool: got deadline_ms={deadline_ms!r}, expected a number of milliseconds from now")
         lane, arrays, num_rows = self._admitted(inputs)
         now_ms = monotonic() * 1e3
         answer = Answer(self, num_rows, lane.epoch.setting.policy_of(source), now_ms + deadline_ms)
@@ -118,8 +120,9 @@ class Pool:
                     f"try again later, or open it with Admission(max_rows=…)"
                 )
             self._num_rows += num_rows
-            if self.runner.monitor is not None:
-                answer.watch = self.runner.monitor.begin(source, num_rows, lane.epoch.setting)
+            monitor = self.runner.monitor  # it may come and go at any time
+            if monitor is not None:
+                answer.watch = monitor.begin(source, num_rows, lane.epoch.setting)
             self._push(lane.queues[0], group)
             if deadline_ms != inf:
                 self._note_deadline(answer)

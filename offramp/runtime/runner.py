@@ -24,7 +24,7 @@ from offramp.runtime.backends import EngineOptions, open_engines
 from offramp.runtime.engine import Engine, SegmentOutput
 from offramp.runtime.inputs import checked_inputs
 from offramp.runtime.monitor import Monitor
-from offramp.runtime.monitor_watch import Watch, WatchedPolicy, note_retention
+from offramp.runtime.monitor_watch import Watch, WatchedPolicy
 from offramp.runtime.record import RecordOptions, Rows, record_trace
 from offramp.runtime.tensorrt.options import TensorRtOptions
 from offramp.runtime.text import TextEncoder
@@ -89,7 +89,7 @@ class Runner:
         self.backend = backend
         self.precision = precision
         self.files: tuple[str, ...] = ()  # E: SHA-256 of the graph or plan that each segment runs; fakes have none
-        self._certificate: Certificate | None = None
+        self._certificate: Certificate | None = None  # the bundle's, whether it holds or not
         self._text: TextEncoder | None = None
         self._is_closed = False
         limits = manifest.dimensions.get(ROWS)
@@ -133,12 +133,12 @@ class Runner:
         opened = open_engines(path, manifest, EngineOptions(backend, precision, threads, tensorrt))
         runner = cls(opened.engines, opened.manifest, chosen, backend=opened.backend, precision=opened.precision)
         runner.files = opened.files
-        if manifest.text:
-            runner._text = TextEncoder(tokenizer, manifest.text, opened.manifest)
         try:
+            if manifest.text:
+                runner._text = TextEncoder(tokenizer, manifest.text, opened.manifest)
             runner._certify(path, require_certificate, is_own_policy=policy is None)
             runner.monitor = monitor
-        except (CertificateError, OptionError):
+        except BaseException:
             runner.close()
             raise
         return runner
@@ -146,7 +146,7 @@ class Runner:
     @property
     def policy(self) -> Policy:
         """The policy of the next request; a request under way finishes under the one it began with."""
-        return self._policy
+        return self.setting.policy
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
@@ -154,7 +154,6 @@ class Runner:
         _check_policy(policy, self.manifest)
         sources = {source: policy.for_source(source) for source in policy.sources}
         inverse = tuple(policy.inverse_temperatures(num_exits))
-        self._policy = policy
         self.setting = Setting(policy, sources, inverse)  # one assignment: a request sees the old one or the new one
         if self._monitor is not None:
             self._monitor.policy_changed(policy)
@@ -169,14 +168,14 @@ class Runner:
         if monitor is not None:
             unlearned = [k for k, spec in enumerate(self.manifest.exits) if not spec.learned]
             monitor.attach(len(self.manifest.exits), unlearned)
-            monitor.policy_changed(self._policy)
+            monitor.policy_changed(self.policy)
         self._monitor = monitor
 
     @property
     def certificate(self) -> Certificate | None:
         """The bundle's certificate, where it holds for these engines under the policy in force."""
         certificate = self._certificate
-        return certificate if certificate and certificate.policy_sha256 == self._policy.sha256 else None
+        return None if certificate is None or self._obstacle(certificate) else certificate
 
     def encode(self, texts: Sequence[str]) -> dict[str, NDArray[np.int64]]:
         """The inputs for `texts`, padded to the longest. Raises InputError, BackendError or BundleError."""
@@ -250,16 +249,15 @@ class Runner:
             raise OptionError("runner: it was closed; open it again with `Runner.open(bundle)`")
 
     def _certify(self, bundle: Path, is_required: bool, is_own_policy: bool) -> None:
-        """Take over the bundle's certificate if it holds; warn or raise where it does not, as `open` says."""
+        """Take over the bundle's certificate; warn or raise where it does not hold, as `open` says."""
         content, problem = read_certificate(bundle), "it has no certificate"
         if content:
             try:
-                certificate = Certificate.from_json(content)
-                problem = certificate.obstacle(self.files, self.backend, self.precision, self._policy.sha256)
+                self._certificate = Certificate.from_json(content)
+                problem = self._obstacle(self._certificate)
             except CertificateError as exc:
                 problem = str(exc)
             if not problem:
-                self._certificate = certificate
                 return
             problem = f"its certificate does not hold here: {problem}"
         message = f"opening {bundle}: {problem}; run `offramp calibrate {bundle} --max-risk 0.01`"
@@ -267,6 +265,9 @@ class Runner:
             raise CertificateError(message)
         if content and is_own_policy:
             warnings.warn(message, CertificateWarning, stacklevel=3)
+
+    def _obstacle(self, certificate: Certificate) -> str:
+        return certificate.obstacle(self.files, self.backend, self.precision, self.policy.sha256)
 
     def _first(self, count: int) -> NDArray[np.int64]:
         """Positions 0 … count - 1; not to be written to."""
@@ -291,7 +292,8 @@ class Runner:
             self._run_chunk(chunk, live, rule, setting.inverse_temperatures, parts)
         if watch is not None:
             for part in parts:
-                note_retention([watch] * len(part.positions), part.out)
+                if part.out.retention is not None:
+                    watch.retention += part.out.retention.tolist()
         return result_from_parts(parts, num_rows, self.manifest.exits[0].num_classes, policy.score)
 
     def _run_chunk(

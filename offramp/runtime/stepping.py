@@ -15,7 +15,7 @@ from offramp.runtime.engine import SegmentOutput
 
 COPY, LOSSLESS = "copy", "lossless"
 
-Choose = Callable[[int, NDArray[np.float32]], int]  # row and logits (V,) -> token
+Choose = Callable[[int, NDArray[np.float32]], int]  # slot and logits (V,) -> token
 
 
 class Decided(NamedTuple):
@@ -53,7 +53,7 @@ class Stepper:
         if self._mode == COPY or self._mode == LOSSLESS:
             for index in range(1, self._final + 1):
                 last = self._bring(index, slot, [0], all_active=True)
-            return self._answered(slot, self._final, last if self._final else _last(chunk, [0]))[0]
+            return self._answered(slot, self._final, last if self._final else _last(chunk, [0]), [0])[0]
         return self._through_exits(slot, chunk)[0]
 
     def step(self, low: int, tokens: Sequence[int], room: int) -> list[list[Decided]]:
@@ -113,18 +113,18 @@ class Stepper:
             leaves = decision.leaves
             out = out.rows(leaves)
         going = [row for row, leaving in zip(rows, leaves.tolist(), strict=True) if leaving]
-        tokens = self._tokens(out, going) if going else []
+        tokens = self._tokens(low, out, going) if going else []
         return leaves, {row: Decided(token, index) for row, token in zip(going, tokens, strict=True)}, decision.state
 
-    def _answered(self, low: int, index: int, last: Last, rows: Sequence[int] = (0,)) -> list[Decided]:
+    def _answered(self, low: int, index: int, last: Last, rows: Sequence[int]) -> list[Decided]:
         out = self._decoder.answer(index, last.hidden, None, self._inverse[index])
-        return [Decided(token, index) for token in self._tokens(out, rows)]
+        return [Decided(token, index) for token in self._tokens(low, out, rows)]
 
-    def _tokens(self, out: SegmentOutput, rows: Sequence[int]) -> list[int]:
+    def _tokens(self, low: int, out: SegmentOutput, rows: Sequence[int]) -> list[int]:
         if self._choose is None:
             tokens: list[int] = out.prediction.tolist()
             return tokens
-        return [self._choose(row, logits) for row, logits in zip(rows, out.logits, strict=True)]
+        return [self._choose(low + row, logits) for row, logits in zip(rows, out.logits, strict=True)]
 
     def _bring(self, index: int, low: int, rows: list[int], *, all_active: bool = False) -> Last:
         """Bring all that waits of `rows` through segment `index`; what its exit says about their last positions.

@@ -47,19 +47,7 @@ class TextEncoder:
 
     @cached_property
     def _tokenizer(self) -> Any:
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as exc:
-            raise BackendError(
-                "turning text into inputs needs the `tokenizers` package, which is not installed here; "
-                "run `pip install 'offramp[text]'`, or pass arrays to `run`"
-            ) from exc
-        try:
-            tokenizer = Tokenizer.from_buffer(self._content)
-        except Exception as exc:  # tokenizers raises plain Exception
-            raise BundleError(
-                f"parsing {self._spec.tokenizer.path}: {exc}; export the bundle again with the tokenizer of the model"
-            ) from exc
+        tokenizer = _parsed(self._content, self._spec.tokenizer.path)
         tokenizer.no_padding()
         tokenizer.enable_truncation(self._spec.max_length)
         return tokenizer
@@ -75,17 +63,7 @@ class Detokenizer:
 
     def __init__(self, content: bytes) -> None:
         """`content` is the verified tokenizer file of the bundle."""
-        try:
-            from tokenizers import Tokenizer
-        except ImportError as exc:
-            raise BackendError(
-                "reading and writing text needs the `tokenizers` package, which is not installed here; "
-                "run `pip install 'offramp[text]'`"
-            ) from exc
-        try:
-            self._tokenizer = Tokenizer.from_buffer(content)
-        except Exception as exc:  # tokenizers raises plain Exception
-            raise BundleError(f"parsing the tokenizer: {exc}; export the bundle again") from exc
+        self._tokenizer = _parsed(content, "tokenizer.json")
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
 
@@ -98,6 +76,21 @@ class Detokenizer:
         """The text of token ids, without special tokens."""
         text: str = self._tokenizer.decode(list(tokens))
         return text
+
+
+def _parsed(content: bytes, path: str) -> Any:
+    """The tokenizer in `content`, the file `path` of the bundle. Raises BackendError, BundleError."""
+    try:
+        from tokenizers import Tokenizer
+    except ImportError as exc:
+        raise BackendError(
+            "reading and writing text needs the `tokenizers` package, which is not installed here; run "
+            "`pip install 'offramp[text]'`, or pass arrays to `Runner.run`"
+        ) from exc
+    try:
+        return Tokenizer.from_buffer(content)
+    except Exception as exc:  # tokenizers raises plain Exception
+        raise BundleError(f"parsing {path}: {exc}; export the bundle again with the tokenizer of the model") from exc
 
 
 def _minimum_length(spec: TextSpec, manifest: Manifest) -> int:

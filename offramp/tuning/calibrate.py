@@ -5,11 +5,9 @@ For those who name the drop or the speedup they want and take the risk; `certify
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import math
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -102,10 +100,6 @@ class Calibration:
 
     policy: Policy
     report: CalibrationReport
-
-    def document(self) -> dict[str, Any]:
-        """Policy and report as one object that `json.dumps` takes."""
-        return {"policy": json.loads(self.policy.to_json()), **dataclasses.asdict(self.report)}
 
 
 def calibrate(trace: Trace, options: CalibrateOptions) -> Calibration:

@@ -33,7 +33,7 @@ from offramp.tuning.path import (
     policy_at,
     sureness_of,
 )
-from offramp.tuning.replay import cumulative_costs_ms, replay
+from offramp.tuning.replay import cumulative_costs_ms, mean_depth, replay
 from offramp.tuning.risk_tests import betting_p_value, betting_upper_bound, last_rejected
 
 Sources = Literal["together", "simultaneous", "each"]
@@ -225,16 +225,10 @@ def _certificate(
         if name
     }
     return Certificate(
+        **(vars(whole) | {"confidence": options.confidence}),  # as it was asked for, to the last bit
         risk=options.risk,
         max_risk=options.max_risk,
-        confidence=options.confidence,
         method=_method(work.table, options),
-        num_rows=whole.num_rows,
-        losses=whole.losses,
-        p_value=whole.p_value,
-        upper_bound=whole.upper_bound,
-        exit_counts=whole.exit_counts,
-        mean_depth=whole.mean_depth,
         backend=trace.backend,
         precision=trace.precision,
         files=trace.files,
@@ -243,7 +237,6 @@ def _certificate(
         seed=options.seed,
         class_name=str(options.class_index) if options.class_index != UNKNOWN else "",
         exits=_exit_risks(work.table.rows(rows), exit_index[rows], options.delta),
-        rows_missing=whole.rows_missing,
         sources=statements,
     )
 
@@ -262,7 +255,7 @@ def _statement(
         p_value=_p_value(losses, table.is_counted, delta, options.max_risk) if is_tested else 0.0,
         upper_bound=_upper_bound(losses, table.is_counted, delta) if is_tested else 0.0,
         exit_counts=tuple(np.bincount(exit_index, minlength=num_exits).tolist()),
-        mean_depth=float(exit_index.mean()) + 1 if len(exit_index) else float(num_exits),
+        mean_depth=mean_depth(exit_index) if len(exit_index) else float(num_exits),
         rows_missing=0 if is_tested else max(0, needed - len(losses)),
     )
 

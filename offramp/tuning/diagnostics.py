@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from offramp.errors import DataError
 from offramp.trace import UNKNOWN, Trace
+from offramp.tuning.losses import brier_scores
 from offramp.tuning.temperature import (
     ECE_LIMIT,
     NUM_BINS,
@@ -22,6 +23,7 @@ from offramp.tuning.temperature import (
     expected_calibration_error,
     fit_temperature,
     nll,
+    softmax,
 )
 from offramp.tuning.vector_scaling import VectorScaling, vector_scaling
 
@@ -136,27 +138,13 @@ def quality(logits: NDArray[np.floating], labels: NDArray[np.int64], temperature
     return Quality(
         temperature=temperature,
         nll=nll(logits, labels, temperature),
-        brier=brier_score(probabilities, labels),
+        brier=float(brier_scores(probabilities, labels).mean()),
         ece=expected_calibration_error(confidence, correct),
         adaptive_ece=adaptive_calibration_error(confidence, correct),
         classwise_ece=classwise_calibration_error(probabilities, labels),
         failure_auroc=failure_auroc(confidence, correct),
         reliability=reliability_bins(confidence, correct),
     )
-
-
-def softmax(logits: NDArray[np.floating], temperature: float = 1.0) -> NDArray[np.float64]:
-    """(…, C) to probabilities."""
-    scaled = np.asarray(logits, np.float64) / temperature
-    powers = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
-    probabilities: NDArray[np.float64] = powers / powers.sum(axis=-1, keepdims=True)
-    return probabilities
-
-
-def brier_score(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> float:
-    """Mean squared distance of probabilities (L, C) from the one-hot labels (L,), in [0, 2] (Brier 1950)."""
-    at_label = probabilities[np.arange(len(labels)), labels]
-    return float(np.mean((probabilities**2).sum(axis=1) - 2 * at_label + 1))
 
 
 def adaptive_calibration_error(

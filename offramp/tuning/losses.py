@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from offramp.certificate import RISKS
 from offramp.errors import DataError, OptionError
 from offramp.trace import UNKNOWN, Trace
+from offramp.tuning.temperature import softmax
 
 COUNTED = ("consistency", "accuracy_gap", "missed_detection")  # losses of 0 and 1: counted, tested exactly
 LABELLED = ("accuracy_gap", "accuracy_gap_signed", "brier")  # need labels
@@ -73,28 +74,20 @@ def losses_from_trace(
 
 def _probability_losses(trace: Trace, inverse_temperatures: NDArray[np.float32], risk: str) -> NDArray[np.float64]:
     """Hellinger distance to the final exit's probabilities in [0, 1], or half the Brier score lost, in [-1, 1]."""
-    final = _probabilities(trace.logits[:, -1], inverse_temperatures[-1])  # (N, C)
+    final = softmax(trace.logits[:, -1].astype(np.float64) * inverse_temperatures[-1])  # (N, C)
     values = np.zeros(trace.predictions.shape)
     for k in range(trace.num_exits - 1):
-        probabilities = _probabilities(trace.logits[:, k], inverse_temperatures[k])
+        probabilities = softmax(trace.logits[:, k].astype(np.float64) * inverse_temperatures[k])
         if risk == "hellinger":
             overlap = np.sqrt(probabilities * final).sum(axis=1)
             values[:, k] = np.sqrt((1 - overlap).clip(0, 1))
         else:
-            values[:, k] = (_brier(probabilities, trace.labels) - _brier(final, trace.labels)) / 2
+            values[:, k] = (brier_scores(probabilities, trace.labels) - brier_scores(final, trace.labels)) / 2
     return values
 
 
-def _brier(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Squared distance (M,) in [0, 2] of the probabilities (M, C) from the labels."""
+def brier_scores(probabilities: NDArray[np.float64], labels: NDArray[np.int64]) -> NDArray[np.float64]:
+    """Squared distance (M,) of probabilities (M, C) from the one-hot labels (M,), in [0, 2] (Brier 1950)."""
     hit = probabilities[np.arange(len(labels)), labels]
     score: NDArray[np.float64] = (probabilities**2).sum(axis=1) - 2 * hit + 1
     return score
-
-
-def _probabilities(logits: NDArray[np.float32], inverse_temperature: np.float32) -> NDArray[np.float64]:
-    """Softmax over the classes, (M, C)."""
-    scaled = logits.astype(np.float64) * inverse_temperature
-    powers = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    probabilities: NDArray[np.float64] = powers / powers.sum(axis=1, keepdims=True)
-    return probabilities

@@ -25,15 +25,15 @@ from numpy.typing import NDArray
 
 from offramp.errors import DataError, OptionError
 from offramp.policy import Policy
-from offramp.trace import UNKNOWN, Trace
+from offramp.trace import Trace
 from offramp.tuning import placement_search
-from offramp.tuning.placement_data import Alternative, Costs, PlacedExit, Placement, PlacementOptions, Risk
+from offramp.tuning.losses import losses_from_trace
+from offramp.tuning.placement_data import Alternative, Costs, PlacedExit, Placement, PlacementOptions
 from offramp.tuning.placement_search import Choice, Found, Instance, Role
 from offramp.tuning.replay import replay
-from offramp.tuning.thresholds import levels_from_scores, limit_from_quota, score_columns
+from offramp.tuning.thresholds import NUM_TICKS, levels_from_scores, limit_from_quota, score_columns
 
 MAX_EXITS = 16  # before the final one; more would take 2^16 subsets and too coarse a grid
-_TICKS = 2**30  # a full pass: sums over 2^23 rows are exact in int64, so that ties are ties
 _SUBSET_CELLS = 2**16  # of the products for one subset of the table of alternatives
 
 
@@ -75,10 +75,10 @@ class _Problem:
                 f"place: got costs of {len(costs.segments_ms)} segments and a trace of {trace.num_exits} exits, "
                 f"expected as many, at most {MAX_EXITS + 1}"
             )
-        counted, lost = lost_rows(trace, options.risk)
-        scores = score_columns(
-            trace, options.score, Policy(temperatures=temperatures).inverse_temperatures(num_early + 1)
-        )
+        inverse = Policy(temperatures=temperatures).inverse_temperatures(trace.num_exits)
+        table = losses_from_trace(trace, options.risk, inverse)
+        counted, lost = int(table.counts.sum()), table.values[:, :-1] > 0
+        scores = score_columns(trace, options.score, inverse)
         roles = _roles(trace, options)
         grouped = [
             levels_from_scores(scores[:, k], options.score)
@@ -87,8 +87,8 @@ class _Problem:
             for k in range(num_early)
         ]
         full_ms = sum(costs.segments_ms)
-        ticks = np.rint(np.array(costs.segments_ms) / full_ms * _TICKS).astype(np.int64)
-        saved = np.rint(np.array(costs.exits_ms) / full_ms * _TICKS).astype(np.int64)
+        ticks = np.rint(np.array(costs.segments_ms) / full_ms * NUM_TICKS).astype(np.int64)
+        saved = np.rint(np.array(costs.exits_ms) / full_ms * NUM_TICKS).astype(np.int64)
         levels = np.array([levels for levels, _ in grouped], np.int64).reshape(num_early, len(scores)).T
         instance = Instance(levels, lost, ticks, saved, options.max_lost(counted), roles)
         return cls(
@@ -112,7 +112,7 @@ class _Problem:
         return sum(1 << k for k, role in enumerate(self.instance.roles) if role != "dropped")
 
     def expected_ms(self, choice: Choice) -> float:
-        return choice.cost / _TICKS * sum(self.costs.segments_ms) / len(self.instance.levels)
+        return choice.cost / NUM_TICKS * sum(self.costs.segments_ms) / len(self.instance.levels)
 
     def thresholds(self, choice: Choice) -> tuple[float | None, ...]:
         """Of the kept early exits, in order of depth."""
@@ -136,42 +136,11 @@ class _Problem:
     def check(self, choice: Choice) -> None:
         """The policy decides as the search counted; anything else would be our own bug."""
         kept = (*exits_of(choice.kept), self.num_early)
-        decided = replay(self.policy(choice), trace_of_exits(self.trace, kept))
+        decided = replay(self.policy(choice), self.trace.exits(kept))
         exit_index = np.array(kept)[decided.exit_index]
         assert (exit_index == self.exit_index(kept[:-1], choice.quotas)).all(), "the policy decides otherwise"
         lost = np.pad(self.instance.lost, ((0, 0), (0, 1)))
         assert int(lost[np.arange(len(lost)), exit_index].sum()) == choice.lost, "the losses were counted otherwise"
-
-
-def lost_rows(trace: Trace, risk: Risk) -> tuple[int, NDArray[np.bool_]]:
-    """The number of rows that count for `risk`, and which of them an early exit loses, (N, E - 1).
-
-    Consistency: the exit says something else than the final exit. Accuracy gap: the exit is wrong where the final exit
-    is right. Raises DataError when no row counts.
-    """
-    early, final = trace.predictions[:, :-1], trace.predictions[:, -1:]
-    known = np.full(len(early), True) if risk == "consistency" else trace.labels != UNKNOWN
-    if not known.any():
-        raise DataError(f"place: got {len(early)} rows, none that counts for {risk}; pass data with labels")
-    lost = early != final if risk == "consistency" else (final == trace.labels[:, None]) & (early != final)
-    return int(known.sum()), lost & known[:, None]
-
-
-def trace_of_exits(trace: Trace, kept: Sequence[int]) -> Trace:
-    """What the exits `kept`, the final one last, said: enough to replay a policy. It has no costs."""
-    columns = list(kept)
-    return Trace(
-        logits=trace.logits[:, columns],
-        scores=trace.scores[:, columns],
-        predictions=trace.predictions[:, columns],
-        temperatures=trace.temperatures[columns],
-        labels=trace.labels,
-        costs_ms=np.ones(len(columns)),
-        fingerprint=trace.fingerprint,
-        backend=trace.backend,
-        precision=trace.precision,
-        learned=trace.learned[:, columns] if trace.learned.size else trace.learned,
-    )
 
 
 def exits_of(kept: int) -> tuple[int, ...]:

@@ -15,10 +15,9 @@ from numpy.typing import NDArray
 from offramp.binomial import allowed_losses, rows_needed
 from offramp.errors import DataError, OptionError
 from offramp.policy import POLICY_SCORES, Policy
+from offramp.tuning.certify import LEARNING_SHARE
 
 Risk = Literal["consistency", "accuracy_gap"]
-
-CERTIFIED_SHARE = 2 / 3  # of the rows are tested by `offramp calibrate`; on the rest it learns what to test
 
 
 @dataclass(frozen=True)
@@ -76,13 +75,14 @@ class PlacementOptions:
     def max_lost(self, num_rows: int) -> int:
         """Of `num_rows` rows that count, those that may be lost: the share that a certificate on them could have.
 
-        The certificate tests two thirds of them, so that is where the share comes from. Raises DataError when not even
-        a policy without a loss could be certified.
+        The certificate tests those that it does not learn from, so that is where the share comes from. Raises DataError
+        when not even a policy without a loss could be certified.
         """
-        num_tested = int(num_rows * CERTIFIED_SHARE)
+        tested_share = 1 - LEARNING_SHARE
+        num_tested = int(num_rows * tested_share)
         allowed = allowed_losses(num_tested, self.max_risk, 1 - self.confidence)
         if allowed < 0:
-            least = math.ceil(rows_needed(self.max_risk, 1 - self.confidence) / CERTIFIED_SHARE)
+            least = math.ceil(rows_needed(self.max_risk, 1 - self.confidence) / tested_share)
             raise DataError(
                 f"place: got {num_rows} rows that count, and a risk of {self.max_risk} at confidence {self.confidence} "
                 f"takes {least}: not even a policy without a loss could be certified; pass more data, or another risk"

@@ -26,6 +26,14 @@ LOG_TEMPERATURE_TOLERANCE = 1e-6
 _SHRINK = (math.sqrt(5) - 1) / 2  # golden section: each step keeps this share of the interval
 
 
+def softmax(logits: NDArray[np.floating], temperature: float = 1.0) -> NDArray[np.float64]:
+    """(…, C) to probabilities."""
+    scaled = np.asarray(logits, np.float64) / temperature
+    powers = np.exp(scaled - scaled.max(axis=-1, keepdims=True))
+    probabilities: NDArray[np.float64] = powers / powers.sum(axis=-1, keepdims=True)
+    return probabilities
+
+
 def nll(logits: NDArray[np.floating], labels: NDArray[np.int64], temperature: float = 1.0) -> float:
     """Mean negative log-likelihood of `labels` (N,) under `logits` (N, C) / temperature.
 

@@ -58,8 +58,7 @@ def fastest_thresholds(
     counted, right = right_rows(trace, reference)
     early = _early_exits(trace, score)
     scores = score_columns(trace, score, policy.inverse_temperatures(trace.num_exits))[counted]  # (L, E)
-    doubts = _doubts(scores[:, early], score)
-    grouped = [_levels_and_edges(column) for column in doubts.T]
+    grouped = [levels_from_scores(scores[:, k], score) for k in early]
     levels = np.array([levels for levels, _ in grouped], np.int64).reshape(-1, len(counted)).T
     num_losses = int(Decimal(repr(float(max_drop))) * len(counted))  # in floats 0.29 * 100 is 28.999…
     kept = [*early, trace.num_exits - 1]
@@ -84,7 +83,7 @@ def thresholds_for_speedup(trace: Trace, score: str, target: float, temperatures
         raise OptionError(f"thresholds: got a target speedup of {target}, expected a number above 1")
     early = _early_exits(trace, score)
     scores = score_columns(trace, score, closed.inverse_temperatures(trace.num_exits))
-    _, edges = _levels_and_edges(_doubts(scores[:, early], score).ravel())
+    _, edges = levels_from_scores(scores[:, early].ravel(), score)
 
     def policy(quota: int) -> Policy:
         limit = limit_from_quota(edges, quota, score)
@@ -157,27 +156,16 @@ def check_drop(max_drop: float) -> None:
 
 
 def levels_from_scores(scores: NDArray[np.float32], score: str) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """The levels of one exit's scores (N,), the surest first, and the edges (G,) that `limit_from_quota` takes.
+    """Group scores (N,) into levels more than MIN_GAP apart, the surest first.
 
-    Raises DataError for scores outside [0, 1].
+    Returns the level of every row (N,) and the edges (G,) that `limit_from_quota` takes: per level, halfway to the
+    next one, what small is sure of, whatever the score. Raises DataError for scores outside [0, 1].
     """
-    return _levels_and_edges(_doubts(scores, score))
-
-
-def _doubts(scores: NDArray[np.float32], score: str) -> NDArray[np.float64]:
-    """`scores` turned so that small is sure, whatever the score."""
     is_rounded = (scores >= -MIN_GAP) & (scores <= 1 + MIN_GAP)  # False for NaN
     if not is_rounded.all():
         raise DataError(f"thresholds: got {score} outside [0, 1] in the trace, expected scores; record it again")
     values = scores.astype(np.float64).clip(0, 1)
-    return values if score == "entropy" else -values
-
-
-def _levels_and_edges(doubt: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Group doubt (L,) into levels more than MIN_GAP apart, the surest first.
-
-    Returns the level of every row (L,) and, per level, the doubt halfway to the next one (G,).
-    """
+    doubt = values if score == "entropy" else -values  # small is sure
     distinct, position = np.unique(doubt, return_inverse=True)
     is_last = np.append(np.diff(distinct) > MIN_GAP, True)
     last = np.flatnonzero(is_last)  # (G,)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from offramp.errors import DataError
 from offramp.trace import UNKNOWN
-from offramp.tuning.temperature import fit_temperature
+from offramp.tuning.temperature import fit_temperature, softmax
 
 # Of the loss per row: far below what any number of rows can tell apart.
 _RIDGE = 1e-6  # towards w = 1, b = 0; without it separable rows have no optimum, and b is free up to a constant
@@ -117,9 +117,7 @@ def _loss(parameters: Floats, start: Floats, rows: Floats, classes: NDArray[np.i
 def _derivatives(parameters: Floats, start: Floats, rows: Floats, classes: NDArray[np.int64]) -> tuple[Floats, Floats]:
     """Gradient (2C,) and Hessian (2C, 2C) of `_loss`; with p = softmax(s): d/ds = p - y, d2/ds2 = diag(p) - p p'."""
     weights, offsets = np.split(parameters, 2)
-    scaled = rows * weights + offsets
-    p = np.exp(scaled - scaled.max(axis=1, keepdims=True))
-    p /= p.sum(axis=1, keepdims=True)  # (N, C)
+    p = softmax(rows * weights + offsets)  # (N, C)
     residual = p.copy()
     residual[np.arange(len(classes)), classes] -= 1
     count = len(classes)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import BertConfig, BertModel, GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from offramp.errors import DataError, ModelError, OptionError
 from offramp.models.decoder import DecoderConfig, EarlyExitDecoder, Said
@@ -119,3 +119,13 @@ def test_what_is_not_like_llama_is_refused(tmp_path) -> None:
         decoder_from_llama(bert)
     with pytest.raises(DataError, match="expected a directory"):
         load_llama(tmp_path)
+
+
+def test_a_model_that_computes_with_the_same_weights_in_another_way_is_refused() -> None:
+    """Granite has Llama's names and activation, and multiplies embeddings and logits by numbers of its config."""
+    config = GraniteConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, max_position_embeddings=64, embedding_multiplier=12.0, pad_token_id=0,
+    )  # fmt: skip
+    with pytest.raises(ModelError, match="decoder from granite: logits differ"):
+        decoder_from_llama(GraniteForCausalLM(config))

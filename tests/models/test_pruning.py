@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from offramp.errors import OptionError
-from offramp.models.pruning import Pruning, Shortening, annealed_ratio, norm_importance, num_kept, prune
+from offramp.models.pruning import Pruning, Shortening, norm_importance, num_kept, prune
 
 LIMIT = 140
 # The mean of what was dropped: sums of at most 130 numbers of about 1 in another order, 2.4e-7 seen.
@@ -87,11 +87,6 @@ def test_gaps_in_the_mask_go_first() -> None:
 def test_norm() -> None:
     hidden = torch.randn(2, 5, 16)
     torch.testing.assert_close(norm_importance(hidden), hidden.norm(dim=2) / 4)
-
-
-@pytest.mark.parametrize(("epochs", "ratio"), [(0, 0), (1, 0), (1.5, 0.075), (2, 0.15), (3, 0.3), (7, 0.3)])
-def test_annealing(epochs: float, ratio: float) -> None:
-    assert annealed_ratio(epochs, 0.3) == pytest.approx(ratio)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from torch.nn import functional
 from offramp.errors import OptionError
 from offramp.models import plan as plans
 from offramp.models.losses import Answers, calibration_loss, confidence_loss, joint_loss, teacher_loss
-from offramp.models.plan import Plan, RunOptions, Stage, plan_from_dict
+from offramp.models.options import options_from_dict
+from offramp.models.plan import Plan, RunOptions, Stage
 from offramp.models.strategies import STRATEGIES, LossOptions, set_learners, step_loss
 from offramp.trace import UNKNOWN
 
@@ -117,8 +118,7 @@ def test_a_model_without_heads_is_told() -> None:
 def test_a_plan_is_read_back() -> None:
     stage = Stage("final", 3, loss=LossOptions((0.1, 1.0), temperature=4.0), anneal={"ratio": (0.0, 0.3)})
     plan = Plan((stage, Stage("early_heads")), RunOptions(frozen=("a.", "b."), seed=3))
-    assert plan_from_dict(plan.to_dict()) == plan
-    assert plan_from_dict({"stages": [asdict(stage) | {"anneal": {"ratio": [0.0, 0.3]}}], "run": {}}).stages == (stage,)
+    assert options_from_dict(Plan, asdict(plan), "plan") == plan
     assert [plan.stage_of(epoch) for epoch in (0, 2, 3, 4)] == [
         (stage, 0), (stage, 0), (plan.stages[1], 3), (plan.stages[1], 3)
     ]  # fmt: skip

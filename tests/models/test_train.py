@@ -12,7 +12,7 @@ from offramp.models import train
 from offramp.models.checkpoint import Checkpoint, checkpoint_from_encoder, load_checkpoint
 from offramp.models.encoder import EncoderConfig
 from offramp.models.evaluate import quality_per_exit
-from offramp.models.plan import WEIGHT_DECAY, Plan, RunOptions, Stage, demo_plan
+from offramp.models.plan import WEIGHT_DECAY, Plan, RunOptions, Stage
 from offramp.models.rows import TextRows, TrainingRows
 from offramp.models.strategies import STRATEGIES, LossOptions
 from offramp.models.train import Output, optimizer_from_model, train_model
@@ -89,10 +89,8 @@ def test_two_stages_are_a_frozen_backbone_and_then_its_heads(checkpoint: Checkpo
 def test_the_demo_is_joint_and_then_labels_or_answers(
     checkpoint: Checkpoint, rows_and_unlabelled: TrainingRows
 ) -> None:
-    plan = demo_plan(epochs=1, distil_epochs=2)
-    report = train_model(checkpoint, rows_and_unlabelled, replace(plan, run=replace(plan.run, batch_size=8)))
-    assert [epoch.steps for epoch in report.epochs] == [6, 8, 8]
-    assert len(demo_plan(distil_epochs=0).stages) == 1
+    plan = Plan((Stage(epochs=1), Stage("labels_or_answers", 2)), RunOptions(batch_size=8))
+    assert [epoch.steps for epoch in train_model(checkpoint, rows_and_unlabelled, plan).epochs] == [6, 8, 8]
 
 
 def test_a_teacher_is_learned_from(checkpoint: Checkpoint, rows: TrainingRows, encoder_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import secrets
+import sys
 import threading
 from random import Random
 from typing import Any
@@ -79,6 +80,20 @@ def test_a_callback_that_fails_or_hangs_stops_nothing() -> None:
     snapshot = monitor.snapshot()
     assert snapshot.callback_errors == len(told)
     assert snapshot.is_blind
+
+
+def test_a_callback_that_ends_its_thread_is_called_again() -> None:
+    told: list[int] = []
+
+    def on_change(change: Change) -> None:
+        told.append(change.trips)
+        sys.exit("enough")
+
+    sink = Sink(on_change)
+    for i in range(2):
+        sink.put([Change("", NORMAL, FULL_DEPTH, "", i)])
+        assert sink.wait(PATIENCE_S)
+    assert (told, sink.errors) == ([0, 1], 2)
 
 
 def test_changes_that_nobody_takes_are_dropped_and_counted() -> None:

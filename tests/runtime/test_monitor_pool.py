@@ -12,12 +12,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from monitored import BASELINE, NUM_EXITS, POLICY, Pruning, draw, monitor_of, monitored_runner, rows, trip
-from pooling import PATIENCE_S, flat_costs, gated_runner, occupy, request
+from pooling import PATIENCE_S, STAYS, flat_costs, gated_runner, occupy, request
 
 from offramp.errors import DeadlineError
 from offramp.policy import FINAL, Policy
 from offramp.runtime import Monitor, MonitorOptions, Pool, Result, Snapshot
 from offramp.runtime.monitor_states import FULL_DEPTH, NORMAL
+from offramp.runtime.monitor_watch import AUDIT
 from offramp.runtime.monitor_watch import FULL_DEPTH as FORCED
 
 OFTEN = MonitorOptions(audit_rate=0.3, suspect_audit_rate=0.3, false_alarm=1e-300, audits_between_alarms=1e99)
@@ -126,6 +127,22 @@ def test_a_monitor_may_come_and_go() -> None:
         gate.let_go(1)
         assert pool.submit(request(1)).result(PATIENCE_S)
     assert monitor.snapshot().total.rows == 1
+
+
+@pytest.mark.parametrize("number", [1, STAYS])
+def test_what_began_under_a_monitor_ends_under_it(number: int) -> None:
+    """Though the runner has none by then: audits are not lost, and nobody waits for it in vain."""
+    runner, gate = gated_runner()
+    everyone = MonitorOptions(audit_rate=1.0)
+    runner.monitor = monitor = monitor_of(replace(BASELINE, exit_counts=(1, 1, 1)), everyone)
+    with Pool(runner) as pool:
+        answer = occupy(pool, gate, number)
+        runner.monitor = None
+        gate.let_go()
+        result = answer.result(PATIENCE_S)
+    assert (result.exit_index.tolist(), result.reason) == ([2], [AUDIT if number == 1 else FINAL])
+    assert monitor.snapshot().total.exits == ((1, 0, 0) if number == 1 else (0, 0, 1))
+    assert not monitor._pending[""]
 
 
 def test_asyncio_and_retention() -> None:

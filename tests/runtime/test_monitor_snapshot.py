@@ -126,6 +126,14 @@ def document(**changes: Any) -> str:
         document(streams____max_risk=7),
         document(streams____losses=[1, 2]),
         document(streams____audits=[-1, 0, 0, 0]),
+        document(streams____trips="3"),
+        document(streams____current_audits=-1),
+        document(streams____mix_alarm=0),
+        document(streams____mix_evidence="none"),
+        document(sources____vetoes=None),
+        document(errors=0.5),
+        document(time_s="now"),
+        document(processes=[1]),
     ],
 )
 def test_what_is_no_snapshot(text: str) -> None:

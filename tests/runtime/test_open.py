@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import pytest
 import tiny
@@ -128,6 +129,34 @@ def test_a_certificate_that_holds_is_the_runner_s_until_its_policy_changes(tmp_p
         assert runner.certificate is None
         runner.policy = own
         assert runner.certificate == certificate
+
+
+def test_a_certificate_holds_as_soon_as_its_policy_is_in_force(tmp_path: Path) -> None:
+    tiny.make_bundle(tmp_path)
+    certificate = certify(tmp_path)
+    with Runner.open(tmp_path) as runner:
+        own = runner.policy
+    with Runner.open(tmp_path, policy=Policy.thresholds("max_prob", [0.5, 0.5])) as runner:
+        assert runner.certificate is None
+        runner.policy = own
+        assert runner.certificate == certificate
+
+
+def test_what_cannot_be_opened_to_the_end_is_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[backends.OpenedEngines] = []
+
+    def noted(*args: Any) -> backends.OpenedEngines:
+        opened.append(backends.open_engines(*args))
+        return opened[-1]
+
+    tiny.make_bundle(tmp_path)
+    certify(tmp_path, policy_sha256="0" * 64)
+    monkeypatch.setattr("offramp.runtime.runner.open_engines", noted)
+    with pytest.raises(CertificateWarning):
+        Runner.open(tmp_path)
+    for engine in opened[0].engines:
+        with pytest.raises(BackendError, match="closed"):
+            engine.run([], np.zeros(1, np.int64), np.float32(1))
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import threading
 from dataclasses import replace
-from math import inf
+from math import inf, nan
 from typing import Any
 
 import numpy as np
@@ -287,6 +287,12 @@ def test_the_survival_it_sees_is_the_runner_s(monkeypatch: pytest.MonkeyPatch) -
     with Pool(runner, max_batch=8) as pool:
         wait_all([pool.submit(request(*range(8))) for _ in range(MIN_ROWS_SEEN)])
         assert pool._epoch.survival.rates() == (0.5, 0.5)
+
+
+def test_a_deadline_that_is_no_number_is_refused() -> None:
+    with Pool(numbered_runner()) as pool, pytest.raises(OptionError, match="deadline_ms=nan"):
+        pool.submit(request(1), deadline_ms=nan)
+    assert pool.num_rows == 0
 
 
 def test_options_are_checked() -> None:

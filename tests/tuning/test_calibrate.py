@@ -1,4 +1,3 @@
-import json
 from dataclasses import replace as changed
 
 import numpy as np
@@ -6,7 +5,6 @@ import pytest
 from traces import random_trace, trace_by_hand
 
 from offramp.errors import DataError, OptionError
-from offramp.policy import Policy
 from offramp.trace import UNKNOWN
 from offramp.tuning.calibrate import CalibrateOptions, calibrate
 from offramp.tuning.replay import replay
@@ -83,15 +81,6 @@ def test_without_labels_full_depth_is_the_reference():
     assert report.drop == pytest.approx(sum(each.share * (each.changed or 0) for each in report.exits))
     with pytest.raises(DataError, match="full_depth"):
         calibrate(unlabelled, CalibrateOptions())
-
-
-def test_document_is_plain_json_with_the_policy_as_it_is_written():
-    trace = random_trace(100, 3, seed=4)
-    result = calibrate(trace, CalibrateOptions())
-    document = json.loads(json.dumps(result.document(), allow_nan=False))
-    assert Policy.from_json(json.dumps(document["policy"])) == result.policy
-    assert [each["exit_index"] for each in document["exits"]] == [0, 1, 2]
-    assert (document["num_rows"], document["backend"]) == (100, "fake")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,6 @@ from offramp.errors import DataError
 from offramp.trace import UNKNOWN
 from offramp.tuning.diagnostics import (
     adaptive_calibration_error,
-    brier_score,
     classwise_calibration_error,
     confusion,
     diagnose,
@@ -26,9 +25,9 @@ from offramp.tuning.diagnostics import (
     overthinking,
     quality,
     reliability_bins,
-    softmax,
 )
-from offramp.tuning.temperature import NUM_BINS, expected_calibration_error
+from offramp.tuning.losses import brier_scores
+from offramp.tuning.temperature import NUM_BINS, expected_calibration_error, softmax
 
 # rounding in the sums of at most 60 numbers below 1
 NEAR = 1e-12
@@ -93,7 +92,7 @@ def test_class_by_class_and_row_by_row(seed: int, num_rows: int, num_classes: in
     for row, scaled in zip(p, logits / 0.7, strict=True):
         assert row == pytest.approx([math.exp(z) / sum(map(math.exp, scaled)) for z in scaled], rel=1e-12)
     brier = np.mean([sum((p[i, c] - (labels[i] == c)) ** 2 for c in range(num_classes)) for i in range(num_rows)])
-    assert brier_score(p, labels) == pytest.approx(brier)
+    assert brier_scores(p, labels).mean() == pytest.approx(brier)
     total = 0.0
     for c in range(num_classes):
         gaps = [0.0] * NUM_BINS
@@ -102,7 +101,10 @@ def test_class_by_class_and_row_by_row(seed: int, num_rows: int, num_classes: in
         total += sum(map(abs, gaps)) / num_rows
     assert classwise_calibration_error(p, labels) == pytest.approx(total / num_classes)
     found = quality(logits, labels, 0.7)
-    assert (found.brier, found.classwise_ece) == (brier_score(p, labels), classwise_calibration_error(p, labels))
+    assert (found.brier, found.classwise_ece) == (
+        brier_scores(p, labels).mean(),
+        classwise_calibration_error(p, labels),
+    )
     assert found.ece == expected_calibration_error(p.max(axis=1), p.argmax(axis=1) == labels)
     assert found.nll == pytest.approx(-np.mean(np.log(p[np.arange(num_rows), labels])))
 

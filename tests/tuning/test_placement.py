@@ -13,7 +13,8 @@ import pytest
 from offramp.errors import DataError, OptionError
 from offramp.policy import Policy
 from offramp.trace import UNKNOWN
-from offramp.tuning.placement import lost_rows, place, trace_of_exits
+from offramp.tuning.losses import losses_from_trace
+from offramp.tuning.placement import place
 from offramp.tuning.placement_data import Costs, Placement, PlacementOptions
 from offramp.tuning.replay import replay
 from tests.tuning.traces import random_trace, trace_by_hand
@@ -38,10 +39,14 @@ def price(costs: Costs, kept: tuple[int, ...], left_at: int) -> float:
     return paid
 
 
+def lost_rows(trace, options: PlacementOptions) -> np.ndarray:
+    return losses_from_trace(trace, options.risk, np.ones(trace.num_exits, np.float32)).values > 0
+
+
 def by_brute_force(trace, costs: Costs, options: PlacementOptions) -> float:
     """The least total cost over all subsets and all thresholds between the scores that were seen."""
     final = trace.num_exits - 1
-    num_counted, lost = lost_rows(trace, options.risk)
+    lost = lost_rows(trace, options)
     sure = trace.scores[:, :, 0].astype(np.float64)
     best = math.inf
     for kept in itertools.chain.from_iterable(itertools.combinations(range(final), n) for n in range(final + 1)):
@@ -53,18 +58,18 @@ def by_brute_force(trace, costs: Costs, options: PlacementOptions) -> float:
             for k, limit in reversed(list(zip(kept, limits, strict=True))):
                 exit_index[sure[:, k] >= limit] = k
             left = exit_index < final
-            if lost[left, exit_index[left]].sum() <= options.max_lost(num_counted):
+            if lost[left, exit_index[left]].sum() <= options.max_lost(len(trace.labels)):
                 best = min(best, float(prices[exit_index].sum()))
     return best
 
 
 def replayed(trace, costs: Costs, placement: Placement) -> tuple[float, int]:
     """Total cost and losses of a placement's policy, as the runtime would decide."""
-    decided = replay(placement.policy, trace_of_exits(trace, placement.kept))
+    decided = replay(placement.policy, trace.exits(placement.kept))
     left_at = np.array(placement.kept)[decided.exit_index]
     total = sum(price(costs, placement.kept, int(k)) for k in left_at)
-    _, lost = lost_rows(trace, placement.options.risk)
-    return total, int(np.pad(lost, ((0, 0), (0, 1)))[np.arange(len(left_at)), left_at].sum())
+    lost = lost_rows(trace, placement.options)
+    return total, int(lost[np.arange(len(left_at)), left_at].sum())
 
 
 @pytest.mark.parametrize("risk", ["consistency", "accuracy_gap"])
@@ -177,7 +182,7 @@ def test_bad_arguments_are_refused_with_what_mends_them() -> None:
         place(random_trace(448, 3, 0), costs, PlacementOptions())
     with pytest.raises(OptionError, match=r"1\.400 times the uncut model already"):
         place(trace, costs, PlacementOptions())
-    with pytest.raises(DataError, match="none that counts for accuracy_gap"):
+    with pytest.raises(DataError, match="none with a label, for risk"):
         place(replace(trace, labels=np.full(600, UNKNOWN)), costs, PlacementOptions(risk="accuracy_gap"))
     with pytest.raises(DataError, match="got costs of 3 segments and a trace of 4 exits"):
         place(random_trace(600, 4, 0), costs, PlacementOptions())
