@@ -117,9 +117,11 @@ def torch_tokens(model: Any, prompt: list[int], count: int) -> tuple[list[int], 
     return found, logits
 
 
-def decoding_seconds(generator: Generator, prompt: list[int], count: int, mode: str = "deferred") -> float:
+def decoding_seconds(
+    generator: Generator, prompt: list[int], count: int, mode: str = "deferred", capacity: float = 1.0
+) -> float:
     """Seconds from the first new token to the last one."""
-    stream = generator.stream([prompt], GenerateOptions(count, mode=mode))
+    stream = generator.stream([prompt], GenerateOptions(count, mode=mode, capacity=capacity))
     next(stream)
     start = time.perf_counter()
     for _ in stream:

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from offramp.cli import main
-from offramp.commands import training
+from offramp.commands import hierarchical, training
 from offramp.commands.recipes import DEMO, differences, load_recipe, recipe_from_dict, recipe_names, value_from_text
 from offramp.commands.sources import CALIBRATION_TEXTS, source_from_argument
 from offramp.commands.training import TrainRequest, requested_recipe
@@ -24,7 +24,7 @@ from offramp.models.options import options_from_dict
 from offramp.models.plan import Plan, Stage
 from tests.models.tiny_encoder import tiny_bert, tiny_tokenizer
 
-FAMILIES = ("branchynet-", "cascade-", "eat-", "efficientnet-", "patience-", "regression-")
+FAMILIES = ("branchynet-", "cascade-", "eat-", "efficientnet-", "hierarchical-lm-", "patience-", "regression-")
 
 
 def run(*arguments: object) -> tuple[int, str]:
@@ -37,6 +37,9 @@ def test_each_recipe_names_what_there_is(name: str) -> None:
     recipe = load_recipe(name, {})
     assert recipe.summary
     assert recipe.data.name in {*TEXTS, *IMAGES}
+    if recipe.model["kind"] == hierarchical.KIND:
+        assert hierarchical.options_of(recipe).exits
+        return
     kind = KINDS[recipe.model["kind"]]
     options = {key: value for key, value in recipe.model.items() if key not in ("kind", "weights")}
     config = options_from_dict(kind.config, options, name)

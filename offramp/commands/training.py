@@ -12,6 +12,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from offramp.commands.decoders import is_trained
+from offramp.commands.hierarchical import KIND as HIERARCHICAL
+from offramp.commands.hierarchical import recipe_in, train_hierarchical
 from offramp.commands.recipes import DEMO, DataOptions, Recipe, differences, load_recipe, recipe_from_dict
 from offramp.commands.sources import CALIBRATION_ARRAYS, CALIBRATION_TEXTS
 from offramp.errors import DataError, OptionError
@@ -26,6 +29,7 @@ from offramp.models.data import (
     load_values,
     split_texts,
     text_rows,
+    texts_of,
 )
 from offramp.models.datasets import TEXTS
 from offramp.models.images import IMAGES, ImageSplits
@@ -86,7 +90,7 @@ def _with_distil_epochs(stages: tuple[Stage, ...], epochs: int) -> tuple[Stage, 
 
 def resumed_recipe(output: Path, request: TrainRequest) -> Recipe:
     """Return the recipe of the interrupted run; OptionError if the command line asks for another one."""
-    before = load_snapshot(output).extra.get("recipe")
+    before = recipe_in(output) if is_trained(output) else load_snapshot(output).extra.get("recipe")
     if before is None:
         raise DataError(f"resuming {output}: it was not trained from a recipe; train again without resuming")
     recipe = recipe_from_dict(before, f"recipe of {output}")
@@ -100,6 +104,10 @@ def resumed_recipe(output: Path, request: TrainRequest) -> Recipe:
 
 def train_recipe(output: Path, recipe: Recipe, resume: bool = False, progress: bool = False) -> TrainReport:
     """Train a recipe into `output`, or go on where it was killed. Raises as `train_checkpoint` does."""
+    if recipe.model["kind"] == HIERARCHICAL:
+        texts = load_splits(recipe)
+        assert isinstance(texts, TextSplits)
+        return train_hierarchical(output, recipe, texts_of(texts.train), resume, progress)
     kind = kind_of(recipe)
     splits = load_splits(recipe)
     checkpoint = load_checkpoint(output) if resume else fresh_checkpoint(recipe, splits)

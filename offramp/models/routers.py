@@ -59,7 +59,7 @@ def add_where(active: Tensor, normed: Tensor, chosen: Tensor, feed: Callable[[Te
 def straight_through(scores: Tensor, threshold: Tensor | float, sharpness: float) -> Tensor:
     """1 where a score reaches the threshold, else 0, with the gradient of a sigmoid; same shape."""
     soft = ((scores - threshold) / sharpness).sigmoid()
-    return (scores >= threshold).to(scores.dtype) + soft - soft.detach()
+    return (scores >= threshold).to(scores.dtype) + (soft - soft.detach())
 
 
 def z_loss(scores: Tensor) -> Tensor:
