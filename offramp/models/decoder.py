@@ -1,14 +1,15 @@
-"""A Llama-like decoder (RoPE, grouped heads, SwiGLU, RMSNorm) with exits after some of its layers.
+"""A decoder with exits after some of its layers: Llama-like ones (RoPE, grouped heads, SwiGLU) or ResNet-BK blocks.
 
-An exit is a normalisation, an optional gate (how sure, asked before the vocabulary is) and a vocabulary head. Past and
-present keys and values are plain inputs and outputs, per layer, so that whoever runs a part of the layers can keep
-them. Layers after the first exit compute queries, FFN and head for *active* positions only; positions that have left
-keep their hidden state, from which deeper layers still make keys and values (CALM, arXiv 2207.07061, section 3.3).
+An exit is a normalisation, an optional gate (how sure, asked before the vocabulary is) and a vocabulary head. What a
+layer remembers of every position, its states, keys and values say, are plain inputs and outputs, so that whoever runs
+a part of the layers can keep them. Layers after the first exit compute queries, FFN and head for *active* positions
+only; positions that have left keep their hidden state, from which deeper layers still make keys and values (CALM,
+arXiv 2207.07061, section 3.3). `resolvent_block.py` says what becomes of them in the other kind of block.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,21 @@ from torch.nn import functional
 
 from offramp.errors import OptionError
 from offramp.models.adapters import DraftVocabulary
+from offramp.models.resolvent_block import Experts, ResolventLayer, Sites
 from offramp.models.routers import EVERYBODY, add_where
 
 # Added to the scores of positions that must not be seen: finite for FP16 (models/encoder.py says why).
 MASKED_SCORE = -1e4
+
+Block = Literal["transformer", "resnet-bk"]
+
+
+class StateShape(NamedTuple):
+    """One thing that a layer remembers: tensors (N, heads, P, width), a vector per head and position."""
+
+    name: str
+    heads: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -27,10 +39,11 @@ class DecoderConfig:
     """Dimensions of a decoder and where its exits are.
 
     `exits` are numbers of layers in increasing order; layers above the last one are dropped. `gated`: every exit but
-    the final one has a gate. `tied`: the heads are the embedding table; else each exit has its own. With `capacities`
-    a router per layer says whose FFN runs; there are thresholds for these shares of all (routers.py). Exits before the
-    final one may have `own_layers`, which nobody else passes, and a `draft_vocabulary`, the tokens that they know (0:
-    all; adapters.py). Raises OptionError.
+    the final one has a gate. `tied`: the heads are the embedding table; else each exit has its own. A ResNet-BK block
+    has `num_experts` of which each position asks `top_k`, and no heads. With `capacities` a router per layer says whose
+    FFN runs; there are thresholds for these shares of all (routers.py). Exits before the final one may have
+    `own_layers`, which nobody else passes, and a `draft_vocabulary`, the tokens that they know (0: all; adapters.py).
+    Raises OptionError.
     """
 
     vocabulary: int
@@ -45,6 +58,10 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     gated: bool = False
     tied: bool = True
+    block: Block = "transformer"
+    num_experts: int = 4
+    top_k: int = 1
+    dropout: float = 0.0
     capacities: tuple[float, ...] = ()
     own_layers: int = 0
     draft_vocabulary: int = 0
@@ -60,6 +77,11 @@ class DecoderConfig:
                 f"decoder: got {self.heads} heads, {self.kv_heads} of keys and values, width {self.width}; expected "
                 f"multiples of each other"
             )
+        if self.block not in get_args(Block) or not 1 <= self.top_k <= self.num_experts or not 0 <= self.dropout < 1:
+            raise OptionError(
+                f"decoder: got block {self.block!r}, top_k {self.top_k} of {self.num_experts} experts, dropout "
+                f"{self.dropout}; expected one of {', '.join(get_args(Block))}, at least 1 of them, a number in [0, 1)"
+            )
         if any(not 0 < share <= 1 for share in self.capacities):
             raise OptionError(f"capacities: got {self.capacities}, expected shares of FFNs in (0, 1]")
         if self.own_layers < 0 or not 0 <= self.draft_vocabulary <= self.vocabulary:
@@ -69,13 +91,25 @@ class DecoderConfig:
             )
 
     @property
+    def num_classes(self) -> int:
+        """The numbers that every exit answers with."""
+        return self.vocabulary
+
+    @property
+    def states(self) -> tuple[StateShape, ...]:
+        """What every layer remembers of a position."""
+        if self.block == "resnet-bk":
+            return (StateShape("resolvent", 1, 2),)
+        return StateShape("key", self.kv_heads, self.head_size), StateShape("value", self.kv_heads, self.head_size)
+
+    @property
     def head_size(self) -> int:
         """Width of one head."""
         return self.head_width or self.width // self.heads
 
     @property
-    def num_cached(self) -> int:
-        """How many layers, those of exits included, have keys and values."""
+    def num_remembering(self) -> int:
+        """How many layers have states, those of exits included."""
         return self.exits[-1] + self.own_layers * (len(self.exits) - 1)
 
 
@@ -91,8 +125,8 @@ class Said(NamedTuple):
     """What a decoder says about a chunk of T new positions in each of N rows."""
 
     exits: list[ExitSaid]
-    # Per layer keys and values of the new positions, (N, K, T, D) each; layers of an exit come behind those before it.
-    present: list[tuple[Tensor, Tensor]]
+    # Per layer, its states of the new positions, (N, heads, T, width) each; layers of an exit behind those before it.
+    present: list[tuple[Tensor, ...]]
 
 
 class Places(NamedTuple):
@@ -133,6 +167,7 @@ class DecoderLayer(nn.Module):
         self.gate = nn.Linear(width, config.ffn, bias=False)
         self.up = nn.Linear(width, config.ffn, bias=False)
         self.down = nn.Linear(config.ffn, width, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
         self.router = nn.Linear(width, 1) if config.capacities else None
 
     def forward(
@@ -140,9 +175,9 @@ class DecoderLayer(nn.Module):
         active: Tensor,
         chunk: Tensor,
         places: Places,
-        past: tuple[Tensor, Tensor],
+        past: tuple[Tensor, ...],
         threshold: Tensor | None = None,
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """From the active positions (N, A, d) before the layer to those after it, and the chunk's keys and values.
 
         `chunk` (N, T, d) holds the hidden states at the last exit; active ones have gone on since. `past` has keys and
@@ -156,18 +191,18 @@ class DecoderLayer(nn.Module):
         return add_where(active, normed, chosen, self.feed), made
 
     def attend(
-        self, active: Tensor, chunk: Tensor, places: Places, past: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        self, active: Tensor, chunk: Tensor, places: Places, past: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """What `forward` does before the FFN."""
         normed = self.attention_norm(active if places.active is None else chunk.index_put(places.active, active))
         keys = turned(self._heads(self.key(normed)), places.key_turn).transpose(1, 2)  # (N, K, T, D)
         values = self._heads(self.value(normed)).transpose(1, 2)
         queries = self.query(normed if places.active is None else normed[places.active])
-        return active + self.out(self._attended(queries, keys, values, places, past)), (keys, values)
+        return active + self.dropout(self.out(self._attended(queries, keys, values, places, past))), (keys, values)
 
     def feed(self, normed: Tensor) -> Tensor:
         """The FFN of normalised states (…, d)."""
-        fed: Tensor = self.down(functional.silu(self.gate(normed)) * self.up(normed))
+        fed: Tensor = self.dropout(self.down(functional.silu(self.gate(normed)) * self.up(normed)))
         return fed
 
     def _heads(self, projected: Tensor) -> Tensor:
@@ -175,7 +210,7 @@ class DecoderLayer(nn.Module):
         return projected.view(*projected.shape[:2], self.kv_heads, -1)
 
     def _attended(
-        self, queries: Tensor, keys: Tensor, values: Tensor, places: Places, past: tuple[Tensor, Tensor]
+        self, queries: Tensor, keys: Tensor, values: Tensor, places: Places, past: tuple[Tensor, ...]
     ) -> Tensor:
         """Attention of queries (N, A, H x D) over past and new positions, without joining these two: (N, A, H x D).
 
@@ -199,7 +234,7 @@ class DecoderExit(nn.Module):
         super().__init__()
         own = 0 if is_final else config.own_layers
         known = 0 if is_final else config.draft_vocabulary
-        self.layers = nn.ModuleList(DecoderLayer(replace(config, capacities=())) for _ in range(own))
+        self.layers = nn.ModuleList(_layer(replace(config, capacities=())) for _ in range(own))
         self.norm = RmsNorm(config.width, config.norm_eps)
         self.gate = nn.Linear(config.width, 1) if config.gated and not is_final else None
         has_own_head = known > 0 or not config.tied
@@ -208,7 +243,7 @@ class DecoderExit(nn.Module):
 
 
 class EarlyExitDecoder(nn.Module):
-    """Decoder whose forward says what every exit says, and the keys and values of the new positions."""
+    """Decoder whose forward says what every exit says, and the states of the new positions."""
 
     cosines: Tensor
     sines: Tensor
@@ -218,7 +253,8 @@ class EarlyExitDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.width)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.exits[-1]))
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(_layer(config) for _ in range(config.exits[-1]))
         self.exits = nn.ModuleList(DecoderExit(config, at == config.exits[-1]) for at in config.exits)
         shape = len(config.capacities), config.exits[-1]
         self.register_buffer("thresholds", torch.full(shape, EVERYBODY) if config.capacities else None)
@@ -233,26 +269,31 @@ class EarlyExitDecoder(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        past_length: Tensor,
-        active: Sequence[Tensor],
-        past: Sequence[tuple[Tensor, Tensor]],
+        past_length: Tensor | None = None,
+        active: Sequence[Tensor] | None = None,
+        past: Sequence[tuple[Tensor, ...]] = (),
         threshold: Tensor | None = None,
     ) -> Said:
-        """Read a chunk of new tokens input_ids (N, T), which follow past_length (N,) positions.
+        """Read a chunk of new tokens input_ids (N, T), which follow past_length (N,) positions; without it, none.
 
-        `active` has one (N, A) per exit but the final one: which of the T positions go on from there. `past` has per
-        layer keys and values (N, K, P, D), P >= past_length; what lies behind past_length is not seen. Chunks are
-        padded at their end: nobody sees what comes later.
+        `active` has one (N, A) per exit but the final one: which of the T positions go on from there, ascending; None:
+        all. `past` has per layer its states (N, heads, P, width), P >= past_length; what lies behind past_length is not
+        seen. Chunks are padded at their end: nobody sees what comes later. `threshold` (N, L) is what routers must
+        reach for an FFN to run; without it all do.
         """
+        if past_length is None:
+            past_length, past = torch.zeros_like(input_ids[:, 0]), self._nothing(len(input_ids))
         shape = input_ids.shape[1], past[0][0].shape[2]
-        hidden = self.embedding(input_ids)  # (N, T, d)
+        hidden = self.dropout(self.embedding(input_ids))  # (N, T, d)
         said, present, depth = Said([], []), [], 0
-        limits = [None] * self.config.exits[-1] if threshold is None else threshold.unbind(1)
+        limits: Sequence[tuple[Tensor, ...]] = [()] * self.config.exits[-1]
+        if threshold is not None:
+            limits = [(limit,) for limit in threshold.unbind(1)]
         for index, (until, leave) in enumerate(zip(self.config.exits, self.exits, strict=True)):
-            places = self.places(past_length, shape, active[index - 1] if index else None)
+            places = self.places(past_length, shape, active[index - 1] if index and active else None)
             now = hidden if places.active is None else hidden[places.active]  # (N, A, d)
             for layer, limit in zip(self.layers[depth:until], limits[depth:until], strict=True):
-                now, made = layer(now, hidden, places, past[len(present)], limit)
+                now, made = layer(now, hidden, places, past[len(present)], *limit)
                 present.append(made)
             depth = until
             hidden = now if places.active is None else hidden.index_put(places.active, now)
@@ -264,18 +305,28 @@ class EarlyExitDecoder(nn.Module):
             said.exits.append(self._said(leave, shown))
         return Said(said.exits, present)
 
-    def places(self, past_length: Tensor, shape: tuple[int, int], active: Tensor | None) -> Places:
+    def _nothing(self, rows: int) -> list[tuple[Tensor, ...]]:
+        """A past of one position that nobody sees: an operator on no positions at all is a case that nobody tests."""
+        weight = self.embedding.weight
+        empty = tuple(weight.new_zeros(rows, state.heads, 1, state.width) for state in self.config.states)
+        return [empty] * self.config.num_remembering
+
+    def places(self, past_length: Tensor, shape: tuple[int, int], active: Tensor | None) -> Places | Sites:
         """What the layers of a segment need to know; `shape` is T, P."""
+        index = None
+        if active is not None:
+            index = torch.arange(active.shape[0], device=active.device)[:, None], active
+        if self.config.block == "resnet-bk":
+            return Sites(index, past_length)
         chunk, number = shape
         group = self.config.heads // self.config.kv_heads
         steps = torch.arange(chunk, device=past_length.device)  # (T,)
         last = self.config.max_positions - 1  # only padding lies beyond
         positions = (past_length[:, None] + steps).clamp(max=last)  # (N, T)
         key_turn = tuple(functional.embedding(positions, table)[:, :, None] for table in (self.cosines, self.sines))
-        index, asking = None, steps[None]
+        asking = steps[None]
         query_turn = tuple(table[:, :, None] for table in key_turn)
         if active is not None:
-            index = torch.arange(active.shape[0], device=active.device)[:, None], active
             asking, placed = active, (past_length[:, None] + active).clamp(max=last)  # (N, A)
             query_turn = tuple(
                 functional.embedding(placed, table)[:, :, None, None] for table in (self.cosines, self.sines)
@@ -294,6 +345,13 @@ class EarlyExitDecoder(nn.Module):
         logits = functional.linear(normed, self.embedding.weight if leave.head is None else leave.head.weight)
         gate = None if leave.gate is None else leave.gate(normed)[..., 0].sigmoid()
         return ExitSaid(logits if leave.draft is None else leave.draft(logits), normed, gate)
+
+
+def _layer(config: DecoderConfig) -> nn.Module:
+    if config.block == "resnet-bk":
+        experts = Experts(config.width, config.ffn, config.num_experts, config.top_k)
+        return ResolventLayer(config.width, experts, config.dropout)
+    return DecoderLayer(config)
 
 
 def turned(heads: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:

@@ -225,7 +225,7 @@ def continuations(decoder: EarlyExitDecoder, prompts: Tokens, length: int) -> To
     config = decoder.config
     rows, before = prompts.shape
     shape = rows, config.kv_heads, length, config.head_size
-    past = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_cached)]
+    past = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_remembering)]
     tokens = torch.zeros(rows, length, dtype=torch.int64)
     tokens[:, :before] = torch.from_numpy(prompts)
     start, end = 0, before

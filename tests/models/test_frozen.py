@@ -24,7 +24,7 @@ def no_gradients():
 
 def with_threshold(ids: torch.Tensor, threshold: torch.Tensor):
     model, rows = decoders.adaptive(), len(ids)
-    past = [(torch.zeros(rows, 2, 1, 8),) * 2] * model.config.num_cached
+    past = [(torch.zeros(rows, 2, 1, 8),) * 2] * model.config.num_remembering
     active = [torch.arange(ids.shape[1]).repeat(rows, 1)] * 2
     return model(ids, torch.zeros(rows, dtype=torch.int64), active, past, threshold)
 

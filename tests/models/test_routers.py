@@ -76,7 +76,7 @@ def test_a_pass_with_hard_gates_is_what_the_decoder_says_at_those_thresholds() -
     model, ids = decoders.adaptive(), texts(2)
     thresholds = model.thresholds[1]
     gated = routed_pass(model, ids, lambda layer, scores: (scores >= thresholds[layer]).float()).logits
-    none = [(torch.zeros(2, 2, 1, 8),) * 2] * model.config.num_cached
+    none = [(torch.zeros(2, 2, 1, 8),) * 2] * model.config.num_remembering
     active = [torch.arange(20).repeat(2, 1)] * 2
     said = model(ids, torch.zeros(2, dtype=torch.int64), active, none, thresholds.repeat(2, 1))
     assert torch.allclose(gated, said.exits[-1].logits, atol=1e-4)
