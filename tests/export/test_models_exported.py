@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 
 from offramp import Policy
+from offramp.bundle import load_manifest
 from offramp.commands.verification import verify_bundle
 from offramp.errors import CutError, DataError, OptionError
 from offramp.export.build_engine import BuildOptions, build_engines
@@ -20,17 +22,34 @@ from offramp.export.source import source_from_model
 from offramp.models.branchynet import BranchyNet, BranchyNetConfig
 from offramp.models.cascade import CascadeConfig, CascadeTransformer
 from offramp.models.efficientnet import EfficientNet, EfficientNetConfig
+from offramp.models.encoder import EarlyExitEncoder, EncoderConfig
 from offramp.models.regression import LearnedRegressor, RegressionConfig
 from offramp.runtime import Runner
 from offramp.tuning.thresholds import right_rows
+from tests.models.attachable import ENCODERS, tiny_attached
 
 ATOL = 1e-5  # torch against ONNX Runtime in FP32, as in docs/tolerances.md for MiniLM
-KINDS = ("cascade", "regression", "branchynet", "efficientnet")
+ATTACHED = tuple(ENCODERS)  # encoders of transformers with attached exits; ours with pruning: test_pruned_encoder.py
+KINDS = ("bert", "cascade", "regression", "branchynet", "efficientnet", *ATTACHED)
+PIXELS = {"branchynet": 12, "efficientnet": 14}  # and all others read texts
 VOCABULARY = 20
 
 
 def model_of(kind: str) -> nn.Module:
     torch.manual_seed(3)
+    if kind in ATTACHED:
+        return tiny_attached(kind)
+    if kind == "bert":
+        bert = BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=48,
+            max_position_embeddings=16,
+            initializer_range=0.2,
+        )
+        return EarlyExitEncoder(BertModel(bert), EncoderConfig((1, 2, 3), early_pooling="mean"))
     cascade = CascadeConfig((1, 2, 3), hidden_size=32, num_heads=2, inner_size=48, vocab_size=VOCABULARY)
     if kind == "cascade":
         return CascadeTransformer(cascade)
@@ -45,12 +64,11 @@ def model_of(kind: str) -> nn.Module:
 
 def inputs_of(kind: str, rows: int) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(5)
-    if kind in ("cascade", "regression"):
+    if kind not in PIXELS:
         ids = torch.randint(1, VOCABULARY, (rows, 9), generator=draw)
         mask = (torch.arange(9) < torch.randint(2, 10, (rows, 1), generator=draw)).long()
         return {"input_ids": ids * mask, "attention_mask": mask}
-    size = 12 if kind == "branchynet" else 14
-    return {"pixels": torch.rand(rows, 1, size, size, generator=draw)}
+    return {"pixels": torch.rand(rows, 1, PIXELS[kind], PIXELS[kind], generator=draw)}
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +106,25 @@ def test_the_chain_says_what_torch_says(bundles: dict[str, Path], kind: str) -> 
             np.testing.assert_array_equal(result.outputs["logits"][row], trace.logits[row, result.exit_index[row]])
             alone = runner.run({name: array[row : row + 1] for name, array in feed.items()})
             np.testing.assert_array_equal(alone.outputs["logits"][0], result.outputs["logits"][row])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fp16_is_within_the_usual_tolerance(bundles: dict[str, Path], kind: str) -> None:
+    """Export has refused what is not; here, that it is FP16 at all."""
+    parity = load_manifest(bundles[kind]).parity
+    assert [found["allowed_ratio"] <= 1 for found in parity["fp16_segments"]] == [True] * 3
+    assert min(parity["fp16_weight_share"]) > 0.5
+
+
+def test_patience_leaves_where_exits_agree(bundles: dict[str, Path]) -> None:
+    feed = {name: tensor.numpy() for name, tensor in inputs_of("bert", 40).items()}
+    with Runner.open(bundles["bert"], policy=Policy(patience=2)) as runner:
+        said = runner.record([feed]).predictions
+        result = runner.run(feed)
+    agreed = [1 if first == second else 2 for first, second, _ in said.tolist()]
+    assert result.exit_index.tolist() == agreed
+    assert len(set(agreed)) == 2
+    np.testing.assert_array_equal(result.prediction, said[np.arange(40), agreed])
 
 
 @pytest.mark.parametrize("kind", KINDS)
