@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
 from transformers import BertConfig, BertModel
 
 from offramp import Policy
 from offramp.bundle import load_manifest
+from offramp.cli import main
+from offramp.commands import traces
 from offramp.commands.verification import verify_bundle
 from offramp.errors import CutError, DataError, OptionError
 from offramp.export.build_engine import BuildOptions, build_engines
@@ -152,6 +156,48 @@ def test_a_regression_is_decided_by_its_confidence_alone(bundles: dict[str, Path
         runner.policy = Policy.thresholds("max_prob", [None, None])
     with pytest.raises(DataError, match="a trace of a regression"):
         right_rows(trace, "full_depth")
+
+
+def test_a_regression_from_the_command_line(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded with its targets, calibrated, diagnosed and timed by its error; what is about classes says so."""
+    monkeypatch.setattr(traces, "_COST_SECONDS", 0.0)
+    bundle, data = str(bundles["regression"]), str(tmp_path / "rows.npz")
+    feed = {name: tensor.numpy() for name, tensor in inputs_of("regression", 400).items()}
+    with Runner.open(bundle, policy=Policy.full_depth()) as runner:
+        values = runner.run(feed).outputs["logits"][:, 0]
+    targets = values + np.random.default_rng(0).normal(size=400).astype(np.float32)
+    np.savez(data, **feed, labels=targets)
+
+    def run(*arguments: str) -> Any:
+        result = CliRunner().invoke(main, [*arguments, "--json"])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    assert run("trace", bundle, "--data", data)["labelled"] == 400
+    error = float(np.abs(values - targets).mean())
+    certified = run("calibrate", bundle, "--max-risk", "0.2", "--value-range", "2")
+    assert (certified["policy"]["score"], certified["certificate"]["risk"]) == ("learned", "deviation")
+    assert certified["certificate"]["value_range"] == 2
+    assert certified["error_full_depth"] == pytest.approx(error, abs=0.2), "of the tested rows"
+    empirical = run("calibrate", bundle, "--max-drop", "0.05")
+    assert empirical["error_full_depth"] == pytest.approx(error, rel=1e-5)
+    assert empirical["error_policy"] <= error + 0.05
+    assert run("diagnose", bundle)["values"][2]["error"] == pytest.approx(error, rel=1e-5)
+    measured = run("bench", bundle, "--data", data, "--requests", "2", "--batch-sizes", "1")
+    assert measured["offramp"]["1"]["error"] == pytest.approx(empirical["error_policy"], abs=1e-4)
+    assert measured["uncut"]["1"]["error"] == pytest.approx(error, abs=1e-4)
+    assert measured["uncut"]["1"]["accuracy"] is None
+    for arguments, said in (
+        (("report", bundle), "the page is about classes"),
+        (("place", bundle, "-o", str(tmp_path / "placed")), "a trace of a regression"),
+        (("calibrate", bundle, "--risk", "consistency"), "for a trace of a regression"),
+        (("calibrate", bundle, "--score", "margin"), "on 'learned' alone"),
+    ):
+        result = CliRunner().invoke(main, list(arguments))
+        assert result.exit_code != 0
+        assert said in " ".join(result.output.split()), result.output
 
 
 class Values(nn.Module):
