@@ -186,6 +186,11 @@ class Manifest:
     schema: int = SCHEMA
 
     @property
+    def is_regression(self) -> bool:
+        """Are the answers values and not classes?"""
+        return self.exits[-1].num_classes == 1
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over the graphs of all segments: what a policy or a trace was made for."""
         digest = hashlib.sha256()

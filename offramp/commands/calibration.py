@@ -96,9 +96,10 @@ def lines_from_calibrated(found: Calibrated) -> list[str]:
         f"temperature {each.temperature:.2f}, {each.share:.1%} of rows leave"
         for each in found.report.exits
     ]
+    lost = "accuracy drop" if found.report.error_full_depth is None else "mean absolute error added"
     lines += [
         f"mean depth {found.report.mean_depth:.2f} segments, {found.report.expected_speedup:.2f}x the speed of full "
-        f"depth, accuracy drop {found.report.drop:.4f} on {found.report.num_rows} rows"
+        f"depth, {lost} {found.report.drop:.4f} on {found.report.num_rows} rows"
     ]
     if found.certificate:
         lines += ["certificate:", *(f"  {line}" for line in found.certificate.words())]
