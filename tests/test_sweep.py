@@ -5,6 +5,9 @@ from __future__ import annotations
 import csv
 import json
 import multiprocessing
+import os
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +20,10 @@ from offramp.commands.sweep import SweepRequest, over_seeds, run_sweep
 from offramp.commands.sweep_run import held
 from offramp.commands.sweeps import Variant, grid_from_text, load_sweep, runs_of, sweep_names
 from offramp.errors import OptionError
+from offramp.models import train
 from offramp.models.kinds import KINDS
 from offramp.models.options import options_from_dict
+from offramp.runtime import Runner
 from tests.models.tiny_encoder import tiny_bert, tiny_tokenizer
 
 TRAIN = ("train",)
@@ -87,8 +92,6 @@ def test_variants_grid_and_seeds_make_the_runs_teachers_first(tiny: Path) -> Non
     dense = runs_of(sweep)[0].recipe
     assert ("window" in dense.model, dense.model["exits"], dense.stages[0].anneal) == (False, (2,), {})
     grid = dict([grid_from_text("stage.encoder_lr=1e-5,2e-5"), grid_from_text("run.batch_size=8")])
-    from dataclasses import replace
-
     names = [each.name for each in runs_of(replace(sweep, grid=grid, seeds=(3,)))]
     point = "run.batch_size=8"
     assert names == [
@@ -169,10 +172,6 @@ def test_means_and_deviations_are_over_the_runs_that_have_the_figure() -> None:
 
 def _killed(tiny: Path, out: Path) -> None:
     """In a process of its own: dies in the middle of the first run's training."""
-    import os
-    import signal
-
-    from offramp.models import train
 
     def dies(*_: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -219,8 +218,8 @@ def test_other_values_are_refused_before_anything_is_trained_and_trained_again_w
     assert (out / "eat/seed-0/checkpoint/model.safetensors").read_bytes() == before
     said: list[str] = []
     run_sweep(out, SweepRequest(str(tiny), seeds=1, steps=TRAIN, retrain=True), said.append)
-    assert "[1/2] dense/seed-0: train: done before" in said
-    assert "[2/2] eat/seed-0: train: made" in said
+    assert "train 1/2, dense/seed-0: done before" in said
+    assert "train 2/2, eat/seed-0: made" in said
     assert (out / "eat/seed-0/checkpoint/model.safetensors").read_bytes() != before
 
 
@@ -240,13 +239,49 @@ def test_another_teacher_or_file_is_another_training(tiny: Path) -> None:
         run_sweep(out, only_eat)
 
 
+def test_export_trace_calibrate_and_bench_follow_the_weights(tiny: Path) -> None:
+    out = tiny.parent / "out"
+    request = SweepRequest(str(tiny), seeds=1)
+    tiny.write_text(tiny.read_text() + "[measure.calibrate]\nmax_risk = 0.5\n[measure.bench]\nnum_rows = 8\n")
+    said: list[str] = []
+    rows = {row["variant"]: row for row in run_sweep(out, request, said.append)["runs"]}
+    assert sum(line.endswith("made") for line in said) == 2 + 2 + 2 + 2 + 1
+    test = [json.loads(line) for line in (out / "eat/seed-0/test.jsonl").read_text().splitlines()]
+    with Runner.open(out / "eat/seed-0/bundle") as runner:
+        result = runner.run(runner.encode([row["text"] for row in test]))
+        right = result.prediction == [runner.manifest.labels.index(row["label"]) for row in test]
+    assert rows["eat"]["accuracy"] == right.mean()
+    assert rows["eat"]["mean_depth"] == result.exit_index.mean() + 1
+    assert rows["dense"]["mean_depth"] == 1
+    assert rows["eat"]["p50_ms_1"] > 0 < rows["dense"]["rows_per_s_32"]
+
+    again: list[str] = []
+    run_sweep(out, request, again.append)
+    assert all(line.endswith("done before") for line in again)
+    tiny.write_text(tiny.read_text().replace("max_risk = 0.5", "max_risk = 0.4"))
+    changed: list[str] = []
+    run_sweep(out, request, changed.append)
+    assert [line for line in changed if line.endswith("made")] == [
+        "calibrate 1/2, dense/seed-0: made",
+        "calibrate 2/2, eat/seed-0: made",
+        *(["bench 1/1, seed 0: made"] if "bench 1/1, seed 0: made" in changed else []),
+    ]
+
+    weights = out / "eat/seed-0/checkpoint/model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
+    after: list[str] = []
+    run_sweep(out, SweepRequest(str(tiny), seeds=1, steps=["trace", "calibrate", "bench"]), after.append)
+    assert "trace 2/2, eat/seed-0: waits" in after
+    assert "bench 1/1, seed 0: waits" in after
+
+
 def test_who_has_no_teacher_yet_waits_and_what_others_train_is_left_to_them(tiny: Path) -> None:
     out = tiny.parent / "out"
     said: list[str] = []
     found = run_sweep(out, SweepRequest(str(tiny), seeds=1, only=["eat/*"], steps=TRAIN), said.append)
-    assert said == ["[1/1] eat/seed-0: train: waits for its teacher"]
+    assert said == ["train 1/1, eat/seed-0: waits for its teacher"]
     assert found["groups"] == {"dense": {}, "eat": {}}
     with held(out / "dense/seed-0") as is_ours:
         assert is_ours
         run_sweep(out, SweepRequest(str(tiny), seeds=1, only=["dense/*"], steps=TRAIN), said.append)
-    assert said[-1] == "[1/1] dense/seed-0: train: elsewhere"
+    assert said[-1] == "train 1/1, dense/seed-0: elsewhere"

@@ -10,7 +10,7 @@ import click
 
 from offramp.command_line.options import JSON, names_from_text, print_result
 
-STEPS = ("train",)
+STEPS = ("train", "export", "trace", "calibrate", "bench")
 
 
 def _listed(context: click.Context, _: click.Parameter, wanted: bool) -> None:
@@ -35,14 +35,16 @@ def _listed(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 @click.option("--retrain", is_flag=True, help="Train again what was trained with other values.")
 @JSON
 def sweep(recipe: str, output: Path, as_json: bool, **options: Any) -> None:
-    """Train a grid of RECIPE: a sweep that --list shows, a recipe, or a .toml file of either.
+    """Train, export, calibrate and time a grid of RECIPE: a sweep that --list shows, a recipe, or a .toml file.
 
     What is done already is not done again: after a kill, the same command goes on. Several processes may work on one
     folder; a run that another one is at is left to it.
     """
     # Read when torch is imported: spinning threads cost 3 to 6 times the time beside any other work (docs/log.md).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from offramp.commands.sweep import SweepRequest, lines_from_sweep, run_sweep
+    from rich.console import Console
+
+    from offramp.commands.sweep import TABLE, SweepRequest, run_sweep, table_from_sweep
 
     request = SweepRequest(
         recipe,
@@ -53,4 +55,6 @@ def sweep(recipe: str, output: Path, as_json: bool, **options: Any) -> None:
         options["retrain"],
     )
     found = run_sweep(output, request, lambda line: click.echo(line, err=True), progress=not as_json)
-    print_result(as_json, found, lines_from_sweep(found))
+    if not as_json:
+        Console(width=120).print(table_from_sweep(found))
+    print_result(as_json, found, [str(output / TABLE)])

@@ -7,18 +7,41 @@ import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from offramp.commands.sweep_run import TRAIN, Place, check_training, differing, load_record, train_run, training_from
-from offramp.commands.sweeps import Sweep, SweepRun, grid_from_text, load_sweep, runs_of, seeds_from
+from offramp.commands.sweep_bench import BENCH, bench_seed, benched
+from offramp.commands.sweep_run import (
+    TRAIN,
+    Place,
+    State,
+    check_training,
+    differing,
+    load_record,
+    train_run,
+    training_from,
+)
+from offramp.commands.sweep_steps import CALIBRATE, EXPORT, TRACE, calibrate_run, export_run, trace_run
+from offramp.commands.sweeps import Measure, Sweep, SweepRun, grid_from_text, load_sweep, runs_of, seeds_from
 from offramp.errors import OptionError
 from offramp.models.options import nearest
 from offramp.storage import write_file
 
 TABLE = "table.csv"
-STEPS = (TRAIN,)
+_STEPS = {EXPORT: export_run, TRACE: trace_run, CALIBRATE: calibrate_run}
+STEPS = (TRAIN, *_STEPS, BENCH)
+# Figures of the table for people; the file has all of them.
+_SHOWN = {
+    "validation": "validation",
+    "accuracy": "accuracy",
+    "mean_ms_1": "mean ms",
+    "p50_ms_1": "p50",
+    "rows_per_s_32": "rows/s at 32",
+    "mean_depth": "mean depth",
+    "retention": "retention",
+}
 
 
 @dataclass(frozen=True)
@@ -51,13 +74,27 @@ def run_sweep(
     places = [Place(folder, run, say, progress, request.retrain) for run in chosen]
     for place in places:  # all of them, before hours are spent on the first
         check_training(place, load_record(place.path, TRAIN), training_from(place))
-    if TRAIN in request.steps:
-        for number, place in enumerate(places, start=1):
-            state = train_run(place)
-            say(f"[{number}/{len(places)}] {place.run.name}: train: {state}")
+    for step in (step for step in STEPS if step in request.steps):
+        todo = work_of(step, folder, places, sweep.measure)
+        for number, (name, work) in enumerate(todo, start=1):
+            say(f"{step} {number}/{len(todo)}, {name}: {work()}")
     found = document(folder, sweep, runs)
     write_file(folder / TABLE, csv_from_rows(found["runs"]).encode())
     return found
+
+
+def work_of(
+    step: str, folder: Path, places: Sequence[Place], measure: Measure
+) -> list[tuple[str, Callable[[], State]]]:
+    """Return what a step comes to: what it is done to, by name, and how; timing is by seed, the others by run."""
+    if step == BENCH:
+        seeds: dict[str, list[Place]] = {}
+        for place in places:
+            seeds.setdefault(f"{place.run.point} seed {place.run.seed}".strip(), []).append(place)
+        return [(name, partial(bench_seed, folder, members, measure)) for name, members in seeds.items()]
+    if step == TRAIN:
+        return [(place.run.name, partial(train_run, place)) for place in places]
+    return [(place.run.name, partial(_STEPS[step], place, measure)) for place in places]
 
 
 def requested_sweep(request: SweepRequest) -> Sweep:
@@ -88,9 +125,12 @@ def row_of(place: Place) -> dict[str, Any]:
     record = load_record(place.path, TRAIN)
     if record is None or record.result is None or differing(record.made_from, training_from(place), run.name):
         return row
-    exits = run.recipe.model.get("exits") or range(len(record.result["validation"]))
-    row |= {f"validation_{name}": value for name, value in zip(exits, record.result["validation"], strict=False)}
-    return row | {"train_seconds": record.result.get("seconds")}
+    validation = record.result["validation"]
+    exits = run.recipe.model.get("exits") or range(len(validation))
+    row |= {f"validation_{name}": value for name, value in zip(exits, validation, strict=False)}
+    row["validation"] = validation[-1]  # of the final exit
+    row["train_seconds"] = record.result.get("seconds")
+    return row | benched(place)
 
 
 def over_seeds(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -113,10 +153,23 @@ def csv_from_rows(rows: Sequence[dict[str, Any]]) -> str:
     return stream.getvalue()
 
 
-def lines_from_sweep(found: dict[str, Any]) -> list[str]:
-    """Return the table over seeds, for people."""
-    lines = []
-    for name, figures in found["groups"].items():
-        texts = [f"{figure} {value['mean']:.4g} ± {value['sd']:.2g}" for figure, value in figures.items()]
-        lines.append(f"{name}: {', '.join(texts) or 'nothing yet'}")
-    return [*lines, f"{found['folder']}/{TABLE}"]
+def table_from_sweep(found: dict[str, Any]) -> Any:
+    """Return the table over seeds, for a rich console: columns that any of the runs has, speeds against the first."""
+    from rich.table import Table
+
+    groups: dict[str, dict[str, Any]] = found["groups"]
+    names = {name for figures in groups.values() for name in figures}
+    shown = {figure: title for figure, title in _SHOWN.items() if figure in names}
+    table = Table("", "seeds", *shown.values(), *(["speed p50"] if "p50_ms_1" in names else []))
+    base = next(iter(groups.values()), {}).get("p50_ms_1")
+    for name, figures in groups.items():
+        cells = [_cell(figures.get(figure)) for figure in shown]
+        if "p50_ms_1" in names:
+            own = figures.get("p50_ms_1")
+            cells.append(f"{base['mean'] / own['mean']:.2f}x" if own and base else "")
+        table.add_row(name, str(max((figure["runs"] for figure in figures.values()), default=0)), *cells)
+    return table
+
+
+def _cell(figure: dict[str, Any] | None) -> str:
+    return "" if figure is None else f"{figure['mean']:.4g} ± {figure['sd']:.2g}"

@@ -29,7 +29,7 @@ from offramp.storage import storage_error, write_file
 
 TRAIN = "train"
 CHECKPOINT = "checkpoint"  # of a run's folder
-State = Literal["done before", "made", "elsewhere", "waits for its teacher"]
+State = Literal["done before", "made", "elsewhere", "waits for its teacher", "waits"]  # for a step before
 
 # Of a recipe, these change no weight.
 _NO_WEIGHT = ("snapshot_seconds", "snapshot_steps")

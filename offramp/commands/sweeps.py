@@ -14,9 +14,12 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from offramp.commands.benchmark import BenchOptions
 from offramp.commands.recipes import RECIPES, Recipe, load_recipe, recipe_names, recipe_path, toml_from_file
 from offramp.errors import OptionError
 from offramp.models.options import check_names, nearest, options_from_dict
+from offramp.models.plan import check_at_least
+from offramp.tuning.certify import CertifyOptions
 
 SWEEPS = RECIPES / "sweeps"
 _UNSAFE = re.compile(r"[^\w.,=+\[\]-]+")  # in names of folders
@@ -37,6 +40,25 @@ class Variant:
 
 
 @dataclass(frozen=True)
+class Measure:
+    """How the runs of a sweep are exported, calibrated and timed. Raises OptionError.
+
+    `precision` is what is exported, `bench.precision` what runs. At most so many rows of each split are recorded; 0:
+    all. Calibrated is on validation, everything else is about test.
+    """
+
+    precision: str = "fp32"
+    validation_rows: int = 0
+    test_rows: int = 0
+    calibrate: CertifyOptions = field(default_factory=CertifyOptions)
+    bench: BenchOptions = field(default_factory=lambda: BenchOptions(batch_sizes=(1, 32)))
+
+    def __post_init__(self) -> None:
+        for name in ("validation_rows", "test_rows"):
+            check_at_least(name, getattr(self, name), 0)
+
+
+@dataclass(frozen=True)
 class Sweep:
     """A grid of runs: every variant, with every combination of the grid's values, with every seed. Raises OptionError.
 
@@ -49,6 +71,7 @@ class Sweep:
     summary: str = ""
     seeds: tuple[int, ...] = (0, 1, 2)
     grid: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    measure: Measure = field(default_factory=Measure)
 
     def __post_init__(self) -> None:
         if not self.seeds or min(self.seeds) < 0 or len(set(self.seeds)) != len(self.seeds):
@@ -116,7 +139,7 @@ def sweep_names() -> tuple[str, ...]:
 def sweep_from_dict(path: Path, values: Mapping[str, Any]) -> Sweep:
     """Build a sweep from what the TOML file at `path` says; a recipe's path there is relative to the file."""
     where = f"sweep {path}"
-    check_names(values, ("summary", "recipe", "seeds", "variant", "grid"), where)
+    check_names(values, ("summary", "recipe", "seeds", "variant", "grid", "measure"), where)
     seeds, variants = values.get("seeds", 3), values.get("variant", {})
     if not isinstance(variants, Mapping):
         raise OptionError(f"{where}: got variant {variants!r}, expected tables [variant.NAME]")
@@ -135,6 +158,7 @@ def sweep_from_dict(path: Path, values: Mapping[str, Any]) -> Sweep:
         str(values.get("summary", "")),
         seeds_from(seeds),
         {name: tuple(tried) for name, tried in grid.items()},
+        options_from_dict(Measure, values.get("measure", {}), f"{where}, [measure]"),
     )
 
 
