@@ -12,6 +12,7 @@ from offramp.command_line.generating import generate
 from offramp.command_line.looking import doctor, inspect, report, verify
 from offramp.command_line.making import build_engine, export
 from offramp.command_line.placing import place
+from offramp.command_line.sweeping import sweep
 from offramp.command_line.tracing import diagnose, trace
 from offramp.command_line.training import train
 from offramp.command_line.tuning import calibrate
@@ -57,6 +58,7 @@ def main() -> None:
 
 _COMMANDS = (
     train,
+    sweep,
     export,
     build_engine,
     trace,

@@ -101,8 +101,8 @@ def compare(
     """
     sizes = [len(next(iter(inputs.values()))) for inputs in requests]
     timed = [inputs for inputs, size in zip(requests, sizes, strict=True) if size == sizes[0]]
-    asking = {name: _asking(answer, timed) for name, answer in alternatives.items()}
-    times_ms = interleaved_ms(asking, num_requests, -(-_WARMUP_ROWS // sizes[0]))
+    calls = {name: asking(answer, timed) for name, answer in alternatives.items()}
+    times_ms = interleaved_ms(calls, num_requests, -(-_WARMUP_ROWS // sizes[0]))
     is_value = np.issubdtype(labels.dtype, np.floating)
     known = ~np.isnan(labels) if is_value else labels != UNKNOWN
     measured = {}
@@ -119,8 +119,8 @@ def compare(
     return measured
 
 
-def _asking(answer: Answer, requests: Sequence[Inputs]) -> Callable[[], None]:
-    """A function that asks the next request, from the first again after the last."""
+def asking(answer: Answer, requests: Sequence[Inputs]) -> Callable[[], None]:
+    """Return a function that asks the next request, from the first again after the last."""
     coming = itertools.cycle(requests)
 
     def ask() -> None:
