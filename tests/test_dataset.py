@@ -58,6 +58,7 @@ def test_labels_and_sources_may_be_there(runner: Runner, tmp_path: Path, name: s
     assert gathered(list(stream)) == expected, "a stream can be read again"
     dataset = load_dataset(runner, str(tmp_path / name), "validation", 2)
     assert dataset.labels.tolist() == [1, UNKNOWN, 0]
+    assert [len(batch["ids"]) for batch in dataset.batches] == [2, 1]
 
 
 def test_labels_of_a_regression_are_numbers(runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,9 +75,8 @@ def test_labels_of_a_regression_are_numbers(runner: Runner, tmp_path: Path, monk
         (tmp_path / "bad.csv").write_text(f"text,label\na film,{label}\n")
         with pytest.raises(DataError, match=f"has labels {label}; the model is a regression, expected numbers"):
             open_rows(runner, str(tmp_path / "bad.csv"), "")
-    with pytest.raises(DataError, match="rotten-tomatoes has labels .*expected numbers"):
+    with pytest.raises(DataError, match=r"rotten-tomatoes has labels .*expected numbers"):
         open_rows(runner, "rotten-tomatoes", "test")
-    assert [len(batch["ids"]) for batch in dataset.batches] == [2, 1]
 
 
 def test_a_file_of_texts_has_no_labels(runner: Runner, tmp_path: Path) -> None:
