@@ -64,6 +64,8 @@ class Decoder:
         self.spec, self.manifest, self.slots = spec, manifest, slots
         self.max_chunk = manifest.dimensions[spec.chunk].max
         self._segments, self._heads = list(segments), heads
+        self._carried = [part.carry_out[0].name for part in manifest.segments[:-1]]
+        self._chunked = [spec.input_ids, *(part.carry_in[0].name for part in manifest.segments[1:])]  # (rows, chunk, …)
         self._bound: list[_Bound | None] = [None] * len(segments)
         self._bound_heads: dict[str, _Bound] = {}
         self._caches = [KeyValueCache(part.states, slots, spec.max_positions) for part in manifest.segments]
@@ -116,10 +118,9 @@ class Decoder:
             places = _padded(active or (), counts, chunk)
             assert places is not None
         starts = self.filled(index)[low : low + len(counts)].tolist()
-        before = self.manifest.segments[index].carry_in[0].name
         feed: Feed = {
             ROWS: self._rows[: len(counts)],
-            before: self._waiting[index - 1].read(low, starts, counts, chunk),
+            self._chunked[index]: self._waiting[index - 1].read(low, starts, counts, chunk),
             self.spec.active[index - 1]: places,
         }
         return self._run(index, low, feed, counts)
@@ -152,7 +153,8 @@ class Decoder:
         starts = cache.lengths[low:high]
         feed[self.spec.past_length] = starts
         cache.reserve(high, 1)
-        key = low, cache.version, *[array.shape for array in feed.values()]
+        active = feed[self.spec.active[index - 1]].shape[1] if index else 0
+        key = low, cache.version, len(counts), active, feed[self._chunked[index]].shape[1]
         bound = self._bound[index]
         if bound is None or bound.key != key:
             bound = self._bound[index] = self._bind(index, low, feed, key)
@@ -161,8 +163,7 @@ class Decoder:
         bound.call()
         out = bound.outputs
         if index < len(self._waiting):
-            carried = self.manifest.segments[index].carry_out[0].name
-            self._waiting[index].write(low, starts.tolist(), out[carried], counts)
+            self._waiting[index].write(low, starts.tolist(), out[self._carried[index]], counts)
         cache.append(low, bound.made, counts)
         return Chunk(out[HIDDEN], out.get(LEARNED), counts)
 
@@ -170,7 +171,7 @@ class Decoder:
         """A call of segment `index` on inputs of these shapes."""
         self._bound[index] = None  # its memory first
         part, cache = self.manifest.segments[index], self._caches[index]
-        chunk = feed[part.carry_in[0].name if index else self.spec.input_ids].shape[1]
+        chunk = feed[self._chunked[index]].shape[1]
         rows = len(feed[self.spec.past_length])
         made, outputs = cache.room(rows, chunk)
         for spec in part.carry_out:

@@ -146,6 +146,12 @@ class Generator:
         for tokens in self._steps(prompts, options, [Completion() for _ in prompts]):
             yield from tokens
 
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text. Raises InputError when the bundle has no tokenizer."""
+        if self._text is None:
+            raise InputError(f"bundle {self.manifest.name!r} has no tokenizer: pass and take token ids")
+        return self._text.encode(text)
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids. Raises InputError when the bundle has no tokenizer."""
         if self._text is None:

@@ -145,14 +145,14 @@ class HiddenStore:
 
     def write(self, low: int, starts: Sequence[int], hidden: NDArray[Any], counts: Sequence[int]) -> None:
         """Put the first `counts[row]` states of `hidden` (rows, chunk, width) at `starts[row]` of slots from `low`."""
-        needed = max(map(int.__add__, starts, counts))
+        needed = starts[0] + counts[0] if len(counts) == 1 else max(map(int.__add__, starts, counts))
         slots, capacity, width = self._slab.shape
         if needed > capacity:
             slab = np.zeros((slots, grown(capacity, needed, self._most), width), np.float32)
             slab[:, :capacity] = self._slab
             self._slab = slab
-        for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
-            self._slab[low + row, start : start + count] = hidden[row, :count]
+        for row, start in enumerate(starts):
+            self._slab[low + row, start : start + counts[row]] = hidden[row, : counts[row]]
 
     def read(self, low: int, starts: Sequence[int], counts: Sequence[int], chunk: int) -> NDArray[np.float32]:
         """The states from `starts[row]` on, `counts[row]` of them, padded to (rows, chunk, width)."""
