@@ -22,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from generation import Uncut, decoding_seconds, progress
+from generation import decoding_seconds
 from machine import describe_machine
+from smollm2 import Uncut, progress
 
 from offramp.bundle import load_manifest
 from offramp.models.datasets import load_imdb
@@ -81,7 +82,9 @@ def capacities(options: argparse.Namespace) -> dict[str, Any]:
         for turn in range(options.rounds):
             times["uncut"].append(uncut.generate(prompt, options.tokens)[1])
             for share in shares:
-                times[f"{share:g}"].append(decoding_seconds(generator, prompt, options.tokens, capacity=share))
+                times[f"{share:g}"].append(
+                    decoding_seconds(generator, prompt, GenerateOptions(options.tokens, capacity=share))
+                )
             progress(f"round {turn + 1}: " + ", ".join(f"{name} {found[-1]:.2f}" for name, found in times.items()))
     full = table["1"]
     for name, row in table.items():

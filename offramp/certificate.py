@@ -29,7 +29,11 @@ RISKS = {  # name -> what is counted, over the rows of `num_rows`
     "missed_detection": "rows that full depth assigns to the class {class_name!r} and the early answer does not",
     "hellinger": "Hellinger distance between the probabilities given and full depth's",
     "brier": "Brier score lost against full depth, halved so that it is at most 1",
+    "deviation": "distance from full depth's value, {value_range:g} at most, as a share of {value_range:g}",
+    "error_gap": "absolute error lost against full depth (rows that the early value is nearer to count back), "
+    "{value_range:g} at most, as a share of {value_range:g}",
 }
+VALUED = ("deviation", "error_gap")  # the risks of a regression; all others are about classes
 
 
 @dataclass(frozen=True)
@@ -90,6 +94,7 @@ class Certificate:
     trace_sha256: str  # Trace.sha256
     seed: int = 0  # of the split and of the order of the rows
     class_name: str = ""  # of a missed detection
+    value_range: float = 1.0  # of a regression: what larger distances count as, and the risk is a share of
     rows_missing: int = 0  # > 0: full depth, because so many more tested rows, at least, are needed to show anything
     exits: tuple[ExitRisk, ...] = ()  # E, or none
     sources: Mapping[str, SourceStatement] = field(default_factory=dict, hash=False)
@@ -102,6 +107,8 @@ class Certificate:
             if not (_is_number(getattr(self, name)) and 0 < getattr(self, name) < 1):
                 raise CertificateError(f"certificate: got {name} {getattr(self, name)!r}, expected between 0 and 1")
         _check_statement(self, self.num_exits)
+        if not (_is_number(self.value_range) and self.value_range > 0):
+            raise CertificateError(f"certificate: got value_range {self.value_range!r}, expected a positive number")
         for statement in self.sources.values():
             _check_statement(statement, self.num_exits)
         for name in ("files", "exits"):
@@ -156,7 +163,7 @@ class Certificate:
 
     def words(self) -> list[str]:
         """The certificate in plain words, one statement per line."""
-        counted = RISKS[self.risk].format(class_name=self.class_name)
+        counted = RISKS[self.risk].format(class_name=self.class_name, value_range=self.value_range)
         seen = f"{self.losses:g} in {self.num_rows} tested rows"
         each = (
             "for every source below, each with its confidence"

@@ -8,10 +8,11 @@ from typing import Any, NoReturn
 import click
 
 from offramp.command_line.answering import bench, run
-from offramp.command_line.generating import generate
+from offramp.command_line.generating import generate, score
 from offramp.command_line.looking import doctor, inspect, report, verify
 from offramp.command_line.making import build_engine, export
 from offramp.command_line.placing import place
+from offramp.command_line.sweeping import sweep
 from offramp.command_line.tracing import diagnose, trace
 from offramp.command_line.training import train
 from offramp.command_line.tuning import calibrate
@@ -57,6 +58,7 @@ def main() -> None:
 
 _COMMANDS = (
     train,
+    sweep,
     export,
     build_engine,
     trace,
@@ -65,6 +67,7 @@ _COMMANDS = (
     calibrate,
     run,
     generate,
+    score,
     bench,
     monitor,
     inspect,

@@ -26,7 +26,7 @@ from offramp.storage import replaced_file
 
 UNKNOWN = -1  # label of a row whose label is not known; length of a row without tokens
 # Axis 0 of these is the rows.
-_ROW_FIELDS = ("logits", "scores", "predictions", "labels", "learned", "sources", "lengths", "retention")
+_ROW_FIELDS = ("logits", "scores", "predictions", "labels", "targets", "learned", "sources", "lengths", "retention")
 _EXIT_FIELDS = ("logits", "scores", "predictions", "learned", "retention")  # and axis 1 of these the exits
 # What the clock said: it differs from run to run, so it is no part of `Trace.sha256`.
 _TIMES = ("costs_ms", "cost_sizes", "batch_costs_ms", "uncut_ms")
@@ -42,7 +42,10 @@ class Trace:
     `costs_ms` (E,) is the median time of each segment for one row, measured where the trace was recorded;
     `batch_costs_ms` the same for batches of the sizes `cost_sizes`, which ascend. `learned` has no columns for a model
     without learned confidences, else one per exit, NaN for the exits without; so has `retention`, the share of tokens
-    kept, in (0, 1]. `sources` says where each row came from. Raises DataError when made with anything else.
+    kept, in (0, 1]. `sources` says where each row came from. A regression (C = 1) has `targets` in place of labels: the
+    values that the rows really have, in the unit of its logits. A decoder's rows are token positions, and C = 0: logits
+    over a vocabulary are not kept, its temperatures are those of the recording. Raises DataError when made with
+    anything else.
     """
 
     logits: NDArray[np.float32]  # (N, E, C)
@@ -60,6 +63,7 @@ class Trace:
     retention: NDArray[np.float32] = field(default_factory=lambda: np.empty((0, 0), np.float32))  # as `learned`
     cost_sizes: NDArray[np.int64] = field(default_factory=lambda: np.empty(0, np.int64))  # (B,)
     batch_costs_ms: NDArray[np.float64] = field(default_factory=lambda: np.empty((0, 0)))  # (B, E)
+    targets: NDArray[np.float32] = field(default_factory=lambda: np.empty(0, np.float32))  # (N,), NaN where not known
     uncut_ms: float = math.nan  # the uncut model on one row, opened as the segments were; NaN: not measured
     files: tuple[str, ...] = ()  # E: SHA-256 of the graph or plan that each segment ran; empty: not files (a fake)
 
@@ -73,6 +77,7 @@ class Trace:
             "predictions": (rows, exits),
             "temperatures": (exits,),
             "labels": (rows,),
+            "targets": (rows,),
             "costs_ms": (exits,),
             "learned": (rows, exits if self.learned.size else 0),
             "sources": (rows,),
@@ -83,9 +88,16 @@ class Trace:
         for name, shape in expected.items():
             if (got := getattr(self, name).shape) != shape:
                 raise DataError(f"trace: got {name} of shape {got}, expected {shape} beside logits {self.logits.shape}")
-        if rows and not (self.labels.min() >= UNKNOWN and self.labels.max() < classes):
+        most = UNKNOWN if self.is_regression else classes - 1
+        if rows and not (self.labels.min() >= UNKNOWN and (self.labels.max() <= most or not classes)):
             raise DataError(
-                f"trace: got labels in [{self.labels.min()}, {self.labels.max()}], expected below {classes}"
+                f"trace: got labels in [{self.labels.min()}, {self.labels.max()}], expected "
+                + ("targets for a regression" if self.is_regression else f"below {classes}")
+            )
+        known = self.targets[~np.isnan(self.targets)]
+        if len(known) and not (self.is_regression and np.isfinite(known).all()):
+            raise DataError(
+                "trace: got targets for classes, or such that are not finite; expected values, NaN if unknown"
             )
         self._check_rows()
         self._check_costs()
@@ -121,6 +133,7 @@ class Trace:
             "learned": np.empty((rows, 0), np.float32),
             "sources": np.full(rows, "", np.str_),
             "lengths": np.full(rows, UNKNOWN, np.int64),
+            "targets": np.full(rows, np.nan, np.float32),
             "retention": np.empty((rows, 0), np.float32),
             "batch_costs_ms": np.empty((0, exits)),
         }
@@ -154,6 +167,21 @@ class Trace:
     @property
     def num_exits(self) -> int:
         return int(self.logits.shape[1])
+
+    @property
+    def is_regression(self) -> bool:
+        """Are the answers values and not classes?"""
+        return bool(self.logits.shape[2] == 1)
+
+    @property
+    def known(self) -> NDArray[np.bool_]:
+        """(N,): has the row a label, or a target?"""
+        return ~np.isnan(self.targets) if self.is_regression else self.labels != UNKNOWN
+
+    @property
+    def has_logits(self) -> bool:
+        """Are logits kept, to scale by other temperatures?"""
+        return bool(self.logits.shape[2])
 
     @property
     def has_learned(self) -> tuple[bool, ...]:

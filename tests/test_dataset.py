@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from offramp.bundle import load_manifest, save_manifest
+from offramp.bundle import Manifest, load_manifest, save_manifest
 from offramp.commands.dataset import Rows, load_dataset, open_rows
 from offramp.errors import BundleError, DataError, OptionError
 from offramp.models.data import NUM_IMDB_SENTENCES, load_rotten_tomatoes
@@ -59,6 +59,24 @@ def test_labels_and_sources_may_be_there(runner: Runner, tmp_path: Path, name: s
     dataset = load_dataset(runner, str(tmp_path / name), "validation", 2)
     assert dataset.labels.tolist() == [1, UNKNOWN, 0]
     assert [len(batch["ids"]) for batch in dataset.batches] == [2, 1]
+
+
+def test_labels_of_a_regression_are_numbers(runner: Runner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Manifest, "is_regression", True)
+    (tmp_path / "a.csv").write_text("text,label\na film,-1.5\nfunny,\nwarm,3\n")
+    labels = load_dataset(runner, str(tmp_path / "a.csv"), "").labels
+    np.testing.assert_array_equal(labels, np.float32([-1.5, np.nan, 3]), strict=True)
+    inputs = tiny.request([[2, 5, 3]] * 2)
+    np.savez(tmp_path / "without.npz", **inputs)
+    assert np.isnan(load_dataset(runner, str(tmp_path / "without.npz"), "").labels).all()
+    np.savez(tmp_path / "with.npz", **inputs, labels=[0.25, np.nan])
+    np.testing.assert_array_equal(load_dataset(runner, str(tmp_path / "with.npz"), "").labels, [0.25, np.nan])
+    for label in ("fine", "inf"):
+        (tmp_path / "bad.csv").write_text(f"text,label\na film,{label}\n")
+        with pytest.raises(DataError, match=f"has labels {label}; the model is a regression, expected numbers"):
+            open_rows(runner, str(tmp_path / "bad.csv"), "")
+    with pytest.raises(DataError, match=r"rotten-tomatoes has labels .*expected numbers"):
+        open_rows(runner, "rotten-tomatoes", "test")
 
 
 def test_a_file_of_texts_has_no_labels(runner: Runner, tmp_path: Path) -> None:

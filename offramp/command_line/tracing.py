@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 def trace(bundle: Path, as_json: bool, output: Path | None, **options: Any) -> None:
     """Record what every exit says about every row of --data, on the engines that will run, and what segments cost.
 
+    A decoder's rows are the tokens of the texts in --data (--limit: of the first texts).
+
     In bounded memory; killed and started again, it goes on where it was. Nothing else should run meanwhile: segments
     are timed, and so is the uncut model where BUNDLE.reference is there.
     """
@@ -78,6 +80,16 @@ def diagnose(bundle: Path, trace_path: Path | None, backend: str, precision: str
 def lines_from_diagnostics(found: Diagnostics) -> Iterator[str]:
     """The diagnostics as lines of text."""
     yield f"{found.num_rows} rows, {found.num_labelled} with a label"
+    for value in found.values:
+        known = (
+            ""
+            if value.error is None
+            else f"mean error {value.error:.3f}, RMSE {value.rmse:.3f}, bias {value.bias:+.3f}, "
+        )
+        ranked = (
+            "" if value.sure_rank is None else f"; confidence and being right, rank correlation {value.sure_rank:.2f}"
+        )
+        yield f"exit {value.exit_index}: {known}{value.deviation:.3f} from full depth{ranked}"
     last = len(found.agreement) - 1
     for k, agreement in enumerate(found.agreement[:-1]):
         yield f"exit {k} answers as exit {last} does on {agreement[last]:.1%} of the rows"

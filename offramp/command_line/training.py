@@ -19,6 +19,7 @@ _CHANGES = {
     "max_length": "data.max_length",
     "unlabelled": "data.unlabelled",
     "encoder": "model.weights",
+    "teacher": "teacher",
     "pooling": "model.pooling",
     "early_pooling": "model.early_pooling",
     "batch_size": "run.batch_size",
@@ -48,6 +49,7 @@ def _listed(context: click.Context, _: click.Parameter, wanted: bool) -> None:
 @click.option("-o", "--output", required=True, type=click.Path(path_type=Path), help="Checkpoint directory to write.")
 @click.option("--data", help="A data set's name (rotten-tomatoes, imdb, fashion-mnist, …), or a .csv/.jsonl file.")
 @click.option("--encoder", help="Pretrained weights: a BertModel's directory, EfficientNet's .pth.")
+@click.option("--teacher", help="Checkpoint to learn from too, where stage.loss.teacher_weight is above 0.")
 @click.option("--exits", help="Exits after these layers, such as 0,2,4,6 (0: the embeddings); the last is final.")
 @click.option("--pooling", type=POOLING, help="What the final exit reads.")
 @click.option("--early-pooling", type=POOLING, help="What the other exits read.")

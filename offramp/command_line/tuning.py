@@ -8,13 +8,13 @@ from typing import Any
 
 import click
 
+from offramp.bundle import LEARNED, SCORES, load_manifest
 from offramp.certificate import RISKS
 from offramp.command_line.options import (
     BACKEND,
     BUNDLE,
     JSON,
     PRECISION,
-    SCORE,
     THREADS,
     picked,
     print_result,
@@ -31,10 +31,24 @@ from offramp.command_line.options import (
     help="Record this first: a .csv or .jsonl file (text, label), an .npz of inputs and labels, or rotten-tomatoes.",
 )
 @click.option("--trace", "trace_path", type=click.Path(path_type=Path), help="Use this trace, of the same engines.")
-@SCORE
+@click.option(
+    "--score",
+    type=click.Choice([*SCORES, LEARNED]),
+    default=None,
+    show_default="max_prob; learned for a regression",
+    help="What exits are sure by.",
+)
 @click.option("--max-risk", default=0.01, show_default=True, help="What the risk is certified to be at most.")
 @click.option("--confidence", default=0.95, show_default=True, help="Of the certificate.")
-@click.option("--risk", type=click.Choice(list(RISKS)), default="consistency", show_default=True)
+@click.option(
+    "--risk", type=click.Choice(list(RISKS)), default=None, show_default="consistency; deviation for a regression"
+)
+@click.option(
+    "--value-range",
+    default=1.0,
+    show_default=True,
+    help="Of a regression: larger distances count as this one, and --max-risk is a share of it.",
+)
 @click.option("--class", "class_name", default="", help="The class of --risk missed_detection.")
 @click.option("--patience", default=0, show_default=True, help="Exits in a row that must agree.")
 @click.option("--minimum-depth", default=1, show_default=True, help="Segments before anybody leaves.")
@@ -52,7 +66,7 @@ from offramp.command_line.options import (
 @click.option("--unknown-source", type=click.Choice(["full-depth", "strictest"]), default="full-depth")
 @click.option("--seed", default=0, show_default=True, help="Of the split into learning and testing.")
 @click.option("--compare", is_flag=True, help="Show what naive thresholds would do on the same rows.")
-@click.option("--max-drop", type=float, help="Uncertified instead: accuracy that may be lost on these rows.")
+@click.option("--max-drop", type=float, help="Uncertified instead: accuracy (or mean error) lost on these rows.")
 @click.option("--target-speedup", type=float, help="Uncertified instead: one threshold that is this much faster.")
 @click.option("--consistency", is_flag=True, help="With --max-drop: answers that differ from full depth, no labels.")
 @BACKEND
@@ -74,6 +88,9 @@ def calibrate(bundle: Path, as_json: bool, **options: Any) -> None:
     )
     from offramp.commands.traces import TraceRequest
 
+    is_regression = load_manifest(bundle).is_regression
+    options["score"] = options["score"] or (LEARNED if is_regression else "max_prob")
+    options["risk"] = options["risk"] or ("deviation" if is_regression else "consistency")
     uncertified, base, certified = _chosen(options)
     if options["class_name"]:
         certified = dataclasses.replace(certified, class_index=class_index(bundle, options["class_name"]))
@@ -83,7 +100,8 @@ def calibrate(bundle: Path, as_json: bool, **options: Any) -> None:
         found = calibrate_bundle(bundle, trace, uncertified)
     else:
         found = certify_bundle(bundle, trace, base, certified, options["compare"])
-    run_it = f"next: offramp run {bundle}" + (
+    command = "run" if trace.has_logits else "generate"
+    run_it = f"next: offramp {command} {bundle}" + (
         f" --precision {options['precision']}" if options["precision"] not in ("auto", "fp32") else ""
     )
     print_result(as_json, found.document(), [*lines_from_calibrated(found), run_it])
@@ -99,7 +117,7 @@ def _chosen(options: dict[str, Any]) -> Any:
     veto = Veto(options["veto_margin"], "previous" in options["veto"], "mean" in options["veto"])
     base = Policy(options["score"], patience=options["patience"], veto=veto, minimum_depth=options["minimum_depth"])
     certified = CertifyOptions(
-        **picked(options, "max_risk", "confidence", "risk", "seed"),
+        **picked(options, "max_risk", "confidence", "risk", "seed", "value_range"),
         per_exit=not options["one_threshold"],
         sources=options["by_source"] or "together",
         strictest_for_unknown=options["unknown_source"] == "strictest",

@@ -77,6 +77,11 @@ def certify_bundle(
     bundle: Path, trace: Trace, base: Policy, options: CertifyOptions, is_compared: bool = False
 ) -> Calibrated:
     """Give `bundle` the policy over `base` with a certified risk on `trace`, and its certificate. Raises as above."""
+    if load_manifest(bundle).decoder:
+        raise OptionError(
+            "calibrate: a decoder's rows are tokens of texts, which depend on each other: no test on them holds; use "
+            "--max-drop (with --consistency against full depth) or --target-speedup"
+        )
     certified = certify(trace, base, options)
     certificate = certified.certificate
     if certificate.class_name:
@@ -96,9 +101,10 @@ def lines_from_calibrated(found: Calibrated) -> list[str]:
         f"temperature {each.temperature:.2f}, {each.share:.1%} of rows leave"
         for each in found.report.exits
     ]
+    lost = "accuracy drop" if found.report.error_full_depth is None else "mean absolute error added"
     lines += [
         f"mean depth {found.report.mean_depth:.2f} segments, {found.report.expected_speedup:.2f}x the speed of full "
-        f"depth, accuracy drop {found.report.drop:.4f} on {found.report.num_rows} rows"
+        f"depth, {lost} {found.report.drop:.4f} on {found.report.num_rows} rows"
     ]
     if found.certificate:
         lines += ["certificate:", *(f"  {line}" for line in found.certificate.words())]

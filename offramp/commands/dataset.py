@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,7 +29,7 @@ class _Text(NamedTuple):
     """One text of a data set."""
 
     text: str
-    label: int = UNKNOWN
+    label: float = math.nan  # the number of its class, or its value; NaN where not known
     source: str = ""
 
 
@@ -49,10 +50,10 @@ class RowStream:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Batches of model inputs in memory, and one label per row (UNKNOWN where there is none)."""
+    """Batches of model inputs in memory, and one label per row: see runtime.record.Rows."""
 
     batches: tuple[Inputs, ...]
-    labels: NDArray[np.int64]  # (N,)
+    labels: NDArray[Any]  # (N,)
 
     def rows(self) -> list[Inputs]:
         """Every row as a request of its own."""
@@ -86,7 +87,8 @@ def open_rows(runner: Runner, data: str, split: str, batch_size: int = 32, limit
     """The rows of `data` for the model of `runner`, in their order; read as they are asked for, checked before.
 
     A file of texts (.csv, .jsonl: `text`, and `label` and `source` where known; .txt: a text per line), an .npz with an
-    array per input (and `labels`, `sources`), "rotten-tomatoes" (`split` chooses validation or test; a file is
+    array per input (and `labels`, `sources`); labels are names of classes (in an .npz their numbers), or numbers for a
+    regression. "rotten-tomatoes" (`split` chooses validation or test; a file is
     taken whole), or "imdb": sentences without labels that training did not see. With a `limit`, that many rows drawn
     without replacement, the same ones every time. Raises DataError, OptionError or BundleError.
     """
@@ -99,8 +101,8 @@ def open_rows(runner: Runner, data: str, split: str, batch_size: int = 32, limit
             f"bundle {runner.manifest.name!r} has no tokenizer, so {data} cannot be read as texts; pass an .npz file "
             f"with {', '.join(spec.name for spec in runner.manifest.inputs)}"
         )
-    names = class_names(runner.manifest)
-    texts = _packaged_texts(data, split, names)
+    index = None if runner.manifest.is_regression else _numbers_of(class_names(runner.manifest))
+    texts = _packaged_texts(data, split, index)
     if texts is not None:
         return _text_rows(runner, lambda: iter(texts), len(texts), batch_size, limit)
     if not Path(data).is_file():
@@ -108,7 +110,7 @@ def open_rows(runner: Runner, data: str, split: str, batch_size: int = 32, limit
             f"data {data!r}: expected {ROTTEN_TOMATOES}, {IMDB}, or a .csv, .jsonl, .txt or .npz file that exists"
         )
     return _text_rows(
-        runner, lambda: _file_texts(Path(data), names), _checked_file(Path(data), names), batch_size, limit
+        runner, lambda: _file_texts(Path(data), index), _checked_file(Path(data), index), batch_size, limit
     )
 
 
@@ -121,7 +123,11 @@ def arrays_from_npz(path: Path) -> Inputs:
         raise DataError(f"reading {path}: {exc}; expected an .npz file with an array per input") from exc
 
 
-def _packaged_texts(data: str, split: str, names: Sequence[str]) -> list[_Text] | None:
+def _numbers_of(names: Sequence[str]) -> dict[str, int]:
+    return {name: number for number, name in enumerate(names)}
+
+
+def _packaged_texts(data: str, split: str, index: Mapping[str, int] | None) -> list[_Text] | None:
     """The texts of a data set that comes in a package; None when `data` is none."""
     from offramp.models.data import NUM_IMDB_SENTENCES, load_imdb_sentences, load_rotten_tomatoes
 
@@ -130,12 +136,13 @@ def _packaged_texts(data: str, split: str, names: Sequence[str]) -> list[_Text] 
     if data != ROTTEN_TOMATOES:
         return None
     splits = load_rotten_tomatoes()
-    _check_labels(data, set(splits.label_names), names)
-    index = [names.index(name) for name in splits.label_names]
-    return [_Text(example.text, index[example.label]) for example in getattr(splits, split)]
+    _check_labels(data, set(splits.label_names), index)
+    return [
+        _Text(example.text, _number_of(splits.label_names[example.label], index)) for example in getattr(splits, split)
+    ]
 
 
-def _checked_file(path: Path, names: Sequence[str]) -> int:
+def _checked_file(path: Path, index: Mapping[str, int] | None) -> int:
     """How many texts `path` holds; a look at all of them. Raises DataError."""
     from offramp.models.data import checked_text, records_from
 
@@ -143,23 +150,43 @@ def _checked_file(path: Path, names: Sequence[str]) -> int:
     count = 0
     for count, record in enumerate(records_from(path), start=1):
         checked_text(record, path, count)
-        if len(found) <= len(names) + 1:  # more, and one of them is unknown
+        if index is None:
+            _check_labels(str(path), {_label_of(record)} - {""}, index)
+        elif len(found) <= len(index) + 1:  # more, and one of them is unknown
             found.add(_label_of(record))
-    _check_labels(str(path), found - {""}, names)
+    _check_labels(str(path), found - {""}, index)
     return count
 
 
-def _check_labels(data: str, found: set[str], names: Sequence[str]) -> None:
-    if unknown := sorted(found - set(names)):
-        raise DataError(f"{data} has labels {', '.join(unknown)}, the model knows {', '.join(names)}")
+def _check_labels(data: str, found: set[str], index: Mapping[str, int] | None) -> None:
+    """Raise DataError unless the labels `found` are names of classes in `index`, numbers where that is None."""
+    if index is None:
+        if unknown := sorted(label for label in found if not _is_value(label)):
+            raise DataError(f"{data} has labels {', '.join(unknown)}; the model is a regression, expected numbers")
+    elif unknown := sorted(found - index.keys()):
+        raise DataError(f"{data} has labels {', '.join(unknown)}, the model knows {', '.join(index)}")
 
 
-def _file_texts(path: Path, names: Sequence[str]) -> Iterator[_Text]:
+def _is_value(label: str) -> bool:
+    try:
+        return math.isfinite(float(label))
+    except ValueError:
+        return False
+
+
+def _number_of(label: str, index: Mapping[str, int] | None) -> float:
+    """What a checked label says: the number of its class, or its value; NaN for "", which is none."""
+    if not label:
+        return math.nan
+    return float(label) if index is None else index[label]
+
+
+def _file_texts(path: Path, index: Mapping[str, int] | None) -> Iterator[_Text]:
     from offramp.models.data import records_from
 
-    index = {name: position for position, name in enumerate(names)} | {"": UNKNOWN}
     for record in records_from(path):
-        yield _Text(record["text"], index[_label_of(record)], str(record.get("source") or "").strip())
+        label = _number_of(_label_of(record), index)
+        yield _Text(record["text"], label, str(record.get("source") or "").strip())
 
 
 def _label_of(record: dict[str, Any]) -> str:
@@ -176,7 +203,7 @@ def _text_rows(
     def batches() -> Iterator[Rows]:
         texts = iter(read()) if chosen is None else _at(read(), chosen)
         while batch := list(islice(texts, batch_size)):
-            labels = np.array([text.label for text in batch], np.int64)
+            labels = _labels([text.label for text in batch], runner)
             sources = np.array([text.source for text in batch], np.str_)
             yield Rows(runner.encode([text.text for text in batch]), labels, sources)
 
@@ -198,7 +225,7 @@ def _npz_rows(runner: Runner, path: Path, batch_size: int, limit: int) -> RowStr
         if found is not None and found.shape != (count,):
             raise DataError(f"{path}: {name} have shape {found.shape}, expected ({count},)")
     labels, sources = beside.get("labels"), beside.get("sources")
-    labels = np.full(count, UNKNOWN, np.int64) if labels is None else labels.astype(np.int64)
+    labels = _labels(np.full(count, np.nan) if labels is None else labels, runner)
     sources = np.full(count, "", np.str_) if sources is None else sources.astype(np.str_)
     drawn = _drawn(count, limit)
     chosen = np.arange(count) if drawn is None else drawn
@@ -209,6 +236,14 @@ def _npz_rows(runner: Runner, path: Path, batch_size: int, limit: int) -> RowStr
             yield Rows({name: array[rows] for name, array in arrays.items()}, labels[rows], sources[rows])
 
     return RowStream(len(chosen), batch_size, batches)
+
+
+def _labels(given: Any, runner: Runner) -> NDArray[Any]:
+    """As Rows has them, from classes (N,) or values, NaN where not known."""
+    numbers = np.asarray(given, np.float64)
+    if runner.manifest.is_regression:
+        return numbers.astype(np.float32)
+    return np.where(np.isnan(numbers), UNKNOWN, numbers).astype(np.int64)
 
 
 def _drawn(count: int, limit: int) -> NDArray[np.int64] | None:

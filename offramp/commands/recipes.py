@@ -66,13 +66,16 @@ class Recipe:
         return {**{name: values[name] for name in _TABLES if name != "stage"}, "stage": list(values["stages"])}
 
 
-def load_recipe(argument: str, overrides: Mapping[str, Any]) -> Recipe:
+def load_recipe(argument: str, overrides: Mapping[str, Any], without: Sequence[str] = ()) -> Recipe:
     """Read the recipe that `argument` names, its own or a .toml file, with values changed by dotted name.
 
-    `data.limit` or `run.seed` is one value, `stage.epochs` that of every stage, `stage.0.epochs` of the first. Raises
-    OptionError for names and values that are not known, with the nearest that is.
+    `data.limit` or `run.seed` is one value, `stage.epochs` that of every stage, `stage.0.epochs` of the first. Those in
+    `without` are left out first, so that they have their defaults. Raises OptionError for names and values that are not
+    known, with the nearest that is.
     """
-    values = _read(recipe_path(argument))
+    values = toml_from_file(recipe_path(argument))
+    for name in without:
+        _leave_out(values, name.split("."), name)
     for name, value in overrides.items():
         _override(values, name, value)
     return recipe_from_dict(values, f"recipe {argument}")
@@ -134,11 +137,12 @@ def value_from_text(text: str) -> tuple[str, Any]:
         return name.strip(), value
 
 
-def _read(path: Path) -> dict[str, Any]:
+def toml_from_file(path: Path) -> dict[str, Any]:
+    """Read a recipe's or a sweep's values; OptionError if the file is not there or not TOML."""
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as exc:
-        raise OptionError(f"recipe {path}: {exc}; expected a TOML file") from exc
+        raise OptionError(f"reading {path}: {exc}; expected a TOML file") from exc
 
 
 def _override(values: dict[str, Any], name: str, value: Any) -> None:
@@ -156,6 +160,20 @@ def _override(values: dict[str, Any], name: str, value: Any) -> None:
     chosen = [stages[int(number)]] if number.isdecimal() else stages
     for stage in chosen:
         _set(stage, (inner if number.isdecimal() else rest).split("."), value, name)
+
+
+def _leave_out(table: Any, path: Sequence[str], name: str) -> None:
+    """Take one value away, or that of every stage; OptionError where there is none."""
+    if isinstance(table, list) and any(path[0] in entry for entry in table):
+        for entry in table:
+            if path[0] in entry:
+                _leave_out(entry, path, name)
+    elif not isinstance(table, dict) or path[0] not in table:
+        raise OptionError(f"without {name}: the recipe has no {path[0]!r} there")
+    elif len(path) == 1:
+        del table[path[0]]
+    else:
+        _leave_out(table[path[0]], path[1:], name)
 
 
 def _set(table: Any, path: Sequence[str], value: Any, name: str) -> None:

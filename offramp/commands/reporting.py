@@ -40,6 +40,11 @@ def report_bundle(bundle: Path, request: ReportRequest, output: Path | None) -> 
     StorageError, and BackendError without matplotlib or jinja2.
     """
     manifest = load_manifest(bundle)
+    if manifest.is_regression:
+        raise OptionError(
+            f"report: {bundle} is a regression, and the page is about classes; `offramp calibrate {bundle} --json`, "
+            f"`offramp diagnose {bundle}` and `offramp bench {bundle}` say what is known of it"
+        )
     trace = load_trace(request.trace) if request.trace else stored_trace(bundle, request.backend, request.precision)
     certificate = read_certificate(bundle)
     evidence = Evidence(

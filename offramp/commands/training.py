@@ -249,7 +249,17 @@ def rows_of(checkpoint: Checkpoint, splits: Splits, limit: int = 0) -> TrainingR
 
 
 def teacher_of(recipe: Recipe, checkpoint: Checkpoint) -> nn.Module | None:
-    """Load the recipe's teacher; OptionError if it reads other tokens than the model or answers other classes."""
+    """Load the recipe's teacher, None without one.
+
+    Raises OptionError if no stage weighs it, or one weighs a teacher that is not named, if it reads other tokens than
+    the model or answers other classes; DataError if its checkpoint is missing or damaged.
+    """
+    if bool(recipe.teacher) != any(stage.loss.teacher_weight > 0 for stage in recipe.stages):
+        raise OptionError(
+            f"teacher {recipe.teacher}: no stage gives it a weight; set stage.loss.teacher_weight to 0.5, or name none"
+            if recipe.teacher
+            else "stage.loss.teacher_weight: got a weight and no teacher; name the teacher's checkpoint with --teacher"
+        )
     if not recipe.teacher:
         return None
     teacher = load_checkpoint(Path(recipe.teacher))

@@ -60,10 +60,11 @@ class Chain:
 
     segments: Sequence[Interface]
     sessions: Sequence[ort.InferenceSession]
+    models: Sequence[ModelProto]
 
     @classmethod
     def open(cls, segments: Sequence[Interface], models: Sequence[ModelProto]) -> Chain:
-        return cls(segments, [open_session(model) for model in models])
+        return cls(segments, [open_session(model) for model in models], models)
 
     def run_segment(self, index: int, feed: Mapping[str, NDArray[np.generic]]) -> Arrays:
         """All outputs of one segment at temperature 1, by name."""

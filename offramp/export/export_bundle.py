@@ -115,7 +115,7 @@ def export_bundle(
         graphs[precision], shares, notes = _LOWERINGS[precision](cut, feeds, progress)
         progress(f"verifying {precision.upper()}")
         chains[precision] = Chain.open(cut.segments, graphs[precision])
-        found = verify_lowered(fp32, chains[precision], batches, tolerance, source.dimensions)
+        found = verify_lowered(fp32, chains[precision], batches, tolerance)
         parity.lowered[precision] = replace(found, weight_share=shares, notes=notes)
         parity.check()
     progress("verifying without padding")

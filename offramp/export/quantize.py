@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from offramp.export.chain import Arrays, open_session
+from offramp.export.choices import feeds_with_choices
 from offramp.export.graph import GraphView
 from offramp.export.score_head import PREFIX
 from offramp.export.verify import relative_error
@@ -205,6 +206,7 @@ class _Trial:
             for value in model.graph.output
             if value.type.tensor_type.elem_type == TensorProto.FLOAT and value.name != "scores"
         )
+        model, feeds = feeds_with_choices(model, feeds)
         session = open_session(model)
         return cls(model, products, ranges, feeds, outputs, [session.run(list(outputs), feed) for feed in feeds])
 

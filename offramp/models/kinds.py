@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from transformers import BertConfig, BertModel
 
+from offramp.models.attached import AttachedConfig, AttachedExits, attached_from_pretrained, encoder_from_dict
 from offramp.models.branchynet import BranchyNet, BranchyNetConfig
 from offramp.models.cascade import CascadeConfig, CascadeTransformer
 from offramp.models.data import default_encoder_path
@@ -87,6 +88,15 @@ def _regressor_from_dict(config: Mapping[str, Any]) -> LearnedRegressor:
     return _regressor_from(_bert_from_dict(config), options_from_dict(RegressionConfig, config["model"], "model"))
 
 
+def _attached_to_dict(model: AttachedExits) -> dict[str, Any]:
+    return {"model": asdict(model.config), "encoder": model.encoder.config.to_dict()}
+
+
+def _attached_from_dict(config: Mapping[str, Any]) -> AttachedExits:
+    encoder = encoder_from_dict(config["encoder"])
+    return AttachedExits(encoder, options_from_dict(AttachedConfig, config["model"], "model"))
+
+
 def _plain(config: type, model: Callable[[Any], nn.Module]) -> dict[str, Any]:
     """How a kind is written down that is nothing but its configuration."""
     return {
@@ -118,6 +128,14 @@ KINDS: dict[str, Kind] = {
         _regressor_to_dict,
         _regressor_from_dict,
         _bert_positions,
+        default_encoder_path,
+    ),
+    "attached": Kind(
+        AttachedConfig,
+        attached_from_pretrained,
+        _attached_to_dict,
+        _attached_from_dict,
+        lambda model: int(model.num_positions),
         default_encoder_path,
     ),
     "cascade": Kind(

@@ -29,6 +29,8 @@ _PROMISES = {
     "missed_detection": "of the inputs that the whole model calls “{name}”, at most {risk} are answered otherwise",
     "hellinger": "the class probabilities are on average within {value} of the whole model's (Hellinger distance)",
     "brier": "the Brier score is on average at most {value} above that of the whole model",
+    "deviation": "values are on average within {value} of the whole model's",
+    "error_gap": "values are on average at most {value} further off than the whole model's",
 }
 _LOSSES = {
     "consistency": "answered differently from full depth",

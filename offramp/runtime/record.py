@@ -39,7 +39,7 @@ class Rows(NamedTuple):
     """Consecutive rows of a data set."""
 
     inputs: Mapping[str, NDArray[Any]]
-    labels: NDArray[np.int64] | None = None  # (N,), UNKNOWN where there is none
+    labels: NDArray[Any] | None = None  # (N,) classes, UNKNOWN where not known; values of a regression, NaN where not
     sources: NDArray[np.str_] | None = None  # (N,), "" where not known
 
 
@@ -102,11 +102,32 @@ def _is_whole(place: Path) -> bool:
         return False
 
 
+class Truth(NamedTuple):
+    """What rows really are: one of the two is not known, depending on what the model answers."""
+
+    labels: NDArray[np.int64]  # (S,), UNKNOWN where not known
+    targets: NDArray[np.float32]  # (S,), NaN where not known
+
+
+def truth_from_labels(labels: NDArray[Any] | None, num_rows: int, is_regression: bool) -> Truth:
+    """Labels (N,), values in the case of a regression, as a trace has them. Raises DataError for another number."""
+    if labels is not None and labels.shape != (num_rows,):
+        raise DataError(
+            f"recording a trace: got {len(labels)} labels for {num_rows} rows; expected one per row, or none"
+        )
+    unknown = Truth(np.full(num_rows, UNKNOWN, np.int64), np.full(num_rows, np.nan, np.float32))
+    if labels is None:
+        return unknown
+    if is_regression:
+        return unknown._replace(targets=labels.astype(np.float32))
+    return unknown._replace(labels=labels.astype(np.int64))
+
+
 class _Chunk(NamedTuple):
     """Rows that fit the engines, checked."""
 
     inputs: _Inputs
-    labels: NDArray[np.int64]
+    truth: Truth
     sources: NDArray[np.str_]
 
 
@@ -118,9 +139,9 @@ def _parts(
     num_rows = num_bytes = 0
     for rows in _with_progress(batches, options.progress):
         for chunk in _chunks(rows, runner):
-            sample.add(chunk.inputs, len(chunk.labels))
+            sample.add(chunk.inputs, len(chunk.sources))
             part.append(chunk)
-            num_rows += len(chunk.labels)
+            num_rows += len(chunk.sources)
             num_bytes += sum(array.nbytes for array in chunk.inputs.values())
             if num_rows >= _PART_ROWS or num_bytes >= _PART_BYTES:
                 yield part
@@ -132,13 +153,14 @@ def _parts(
 def _chunks(rows: Rows, runner: Runner) -> Iterator[_Chunk]:
     """`rows`, at most as many at once as the bundle takes."""
     arrays, num_rows = checked_inputs(rows.inputs, runner.manifest)
-    labels = np.full(num_rows, UNKNOWN, np.int64) if rows.labels is None else rows.labels
+    truth = truth_from_labels(rows.labels, num_rows, runner.manifest.is_regression)
     sources = np.full(num_rows, "", np.str_) if rows.sources is None else rows.sources
     limits = runner.manifest.dimensions.get(ROWS)
     step = limits.max if limits else max(num_rows, 1)
     for start in range(0, num_rows, step):
         span = slice(start, start + step)
-        yield _Chunk({name: array[span] for name, array in arrays.items()}, labels[span], sources[span])
+        some = Truth(truth.labels[span], truth.targets[span])
+        yield _Chunk({name: array[span] for name, array in arrays.items()}, some, sources[span])
 
 
 @dataclass(frozen=True)
@@ -165,7 +187,7 @@ class _Asked:
             for name, array in sorted(chunk.inputs.items()):
                 digest.update(f"{name} {array.dtype.str} {array.shape}".encode())
                 digest.update(array.tobytes())
-            digest.update(repr((chunk.labels.tolist(), chunk.sources.tolist())).encode())
+            digest.update(repr((*(known.tolist() for known in chunk.truth), chunk.sources.tolist())).encode())
         return digest.hexdigest()[:32]
 
     def answered(self, part: Sequence[_Chunk]) -> Trace:
@@ -177,7 +199,8 @@ class _Asked:
             scores=_stacked([[out.scores for out in exits] for exits in outputs]),
             predictions=_stacked([[out.prediction for out in exits] for exits in outputs]),
             temperatures=np.asarray(self.temperatures, np.float64),
-            labels=np.concatenate([chunk.labels for chunk in part]),
+            labels=np.concatenate([chunk.truth.labels for chunk in part]),
+            targets=np.concatenate([chunk.truth.targets for chunk in part]),
             costs_ms=np.zeros(len(runner.engines)),
             fingerprint=runner.manifest.fingerprint,
             backend=runner.backend,
@@ -198,7 +221,7 @@ def _lengths(runner: Runner, chunk: _Chunk) -> NDArray[np.int64]:
     """(S,) tokens of each row, UNKNOWN for a model of something else."""
     mask = token_mask(runner.manifest)
     if mask is None:
-        return np.full(len(chunk.labels), UNKNOWN, np.int64)
+        return np.full(len(chunk.sources), UNKNOWN, np.int64)
     return np.asarray(np.count_nonzero(chunk.inputs[mask.name], axis=1), np.int64)
 
 

@@ -18,14 +18,14 @@ from numpy.typing import NDArray
 
 from offramp.bundle import ROWS, Manifest, load_manifest, read_certificate, read_file, read_policy
 from offramp.certificate import Certificate, CertificateWarning
-from offramp.errors import BundleError, CertificateError, DataError, OptionError
+from offramp.errors import BundleError, CertificateError, OptionError
 from offramp.policy import FINAL, Policy, score_values
 from offramp.runtime.backends import EngineOptions, open_engines
 from offramp.runtime.engine import Engine, SegmentOutput
 from offramp.runtime.inputs import checked_inputs
 from offramp.runtime.monitor import Monitor
 from offramp.runtime.monitor_watch import Watch, WatchedPolicy
-from offramp.runtime.record import RecordOptions, Rows, record_trace
+from offramp.runtime.record import RecordOptions, Rows, record_trace, truth_from_labels
 from offramp.runtime.tensorrt.options import TensorRtOptions
 from offramp.runtime.text import TextEncoder
 from offramp.runtime.trimming import trimming_from_manifest
@@ -209,25 +209,23 @@ class Runner:
     def record(
         self,
         batches: Iterable[Mapping[str, NDArray[Any]]],
-        labels: Sequence[int] | NDArray[np.int64] = (),
+        labels: Sequence[float] | NDArray[Any] = (),
         temperatures: Sequence[float] = (),
         *,
         progress: bool = False,
     ) -> Trace:
         """What every exit says about every row of `batches`, and what each segment costs here.
 
-        `labels` has one entry per row, or none; `temperatures` one per exit, or none for 1. The policy
-        plays no part. Raises InputError, OptionError or DataError.
+        `labels` has one entry per row, or none: its class, or its value if the model is a regression; `temperatures`
+        one per exit, or none for 1. The policy plays no part. Raises InputError, OptionError or DataError.
         """
         self._check_open()
         rows = [Rows(batch) for batch in batches] if isinstance(batches, Sequence) else map(Rows, batches)
         trace = record_trace(self, rows, RecordOptions(tuple(temperatures), progress=progress))
-        num_rows = len(trace.labels)
-        if len(labels) not in (0, num_rows):
-            raise DataError(
-                f"recording a trace: got {len(labels)} labels for {num_rows} rows; expected one per row, or none"
-            )
-        return replace(trace, labels=np.asarray(labels, np.int64)) if len(labels) else trace
+        if not len(labels):
+            return trace
+        truth = truth_from_labels(np.asarray(labels), len(trace.labels), trace.is_regression)
+        return replace(trace, **truth._asdict())
 
     def close(self) -> None:
         """Close the engines; the runner cannot answer afterwards. Closing twice is fine."""
@@ -340,7 +338,7 @@ def _check_policy(policy: Policy, manifest: Manifest) -> None:
     """Raise OptionError when `policy` is for another model."""
     policy.check_exits(len(manifest.exits))
     policy.check_learned([bool(spec.learned) for spec in manifest.exits])
-    if manifest.exits[0].num_classes == 1:
+    if manifest.is_regression:
         policy.check_values()
 
 

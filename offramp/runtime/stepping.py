@@ -146,9 +146,11 @@ class Stepper:
             if self._mode == COPY and not all_active:
                 active = [[counts[row] - 1] if row in ends else [] for row in range(len(counts))]
             chunk = decoder.advance(index, first, counts, active)
+            if len(ends) == len(own):  # all of them at once, as usual
+                return _last(chunk, ends)
             for row in ends:
                 learned = None if chunk.learned is None else chunk.learned[row, counts[row] - 1]
-                parts.append((own[row], chunk.hidden[row, counts[row] - 1], learned))
+                parts.append((own[row], chunk.hidden[row, counts[row] - 1].copy(), learned))
         parts.sort(key=lambda part: part[0])
         has_learned = parts[0][2] is not None
         return Last(
@@ -192,6 +194,10 @@ _NO_NUMBERS = np.empty((0, 0), np.float32)
 
 
 def _last(chunk: Chunk, rows: Sequence[int]) -> Last:
-    """The last position of each row of a chunk."""
+    """The last position of each of these rows of a chunk."""
+    if len(rows) == 1:  # a view: half the time of the general way with cold caches
+        row, end = rows[0], chunk.counts[rows[0]] - 1
+        learned = None if chunk.learned is None else chunk.learned[row : row + 1, end]
+        return Last(chunk.hidden[row : row + 1, end], learned)
     ends = [chunk.counts[row] - 1 for row in rows]
     return Last(chunk.hidden[rows, ends], None if chunk.learned is None else chunk.learned[rows, ends])

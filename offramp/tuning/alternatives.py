@@ -33,7 +33,8 @@ class Alternative:
 def alternatives(trace: Trace, certified: Certified, options: CertifyOptions) -> tuple[Alternative, ...]:
     """`certified`, and what else could have been chosen on `trace` over the same base policy."""
     base = replace(certified.policy, limits=(), sources={})
-    table = losses_from_trace(trace, options.risk, base.inverse_temperatures(trace.num_exits), options.class_index)
+    inverse = base.inverse_temperatures(trace.num_exits)
+    table = losses_from_trace(trace, options.risk, inverse, options.class_index, options.value_range)
     sureness, is_open = sureness_of(base, trace), open_exits(base, trace)
     grid = grid_path(base.score, is_open)
     budget = options.max_risk * int(table.counts.sum())

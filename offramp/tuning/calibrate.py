@@ -16,6 +16,7 @@ from offramp.bundle import SCORES
 from offramp.errors import DataError, OptionError
 from offramp.policy import POLICY_SCORES, Policy
 from offramp.trace import UNKNOWN, Trace
+from offramp.tuning.regression import fastest_values, value_errors
 from offramp.tuning.replay import (
     Replay,
     accuracy,
@@ -27,15 +28,16 @@ from offramp.tuning.replay import (
     scores_from_logits,
 )
 from offramp.tuning.temperature import ECE_LIMIT, expected_calibration_error, temperature_if_needed
-from offramp.tuning.thresholds import Reference, check_drop, fastest_thresholds, right_rows, thresholds_for_speedup
+from offramp.tuning.thresholds import Reference, fastest_thresholds, right_rows, thresholds_for_speedup
 
 
 @dataclass(frozen=True)
 class CalibrateOptions:
     """How to calibrate. Raises OptionError when made with values that make no sense.
 
-    With reference "full_depth" labels are not needed: a right answer is the final exit's, and temperatures
-    stay those of the trace. An exit is scaled when its calibration error is above `ece_limit`; 1 scales none.
+    With reference "full_depth" labels are not needed: a right answer is the final exit's, and temperatures stay those
+    of the trace. Of a regression `max_drop` is the mean absolute error that may be lost. An exit is scaled when its
+    calibration error is above `ece_limit`; 1 scales none.
     With a `target_speedup` (above 1) one threshold for all exits is chosen to reach it, whatever is lost.
     """
 
@@ -46,7 +48,8 @@ class CalibrateOptions:
     target_speedup: float = 1.0  # 1: the fastest policy within max_drop
 
     def __post_init__(self) -> None:
-        check_drop(self.max_drop)
+        if not 0 <= self.max_drop < math.inf:
+            raise OptionError(f"calibrate: got a drop of {self.max_drop}, expected a number from 0")
         if self.score not in POLICY_SCORES:
             raise OptionError(f"calibrate: got score {self.score!r}, expected one of {', '.join(POLICY_SCORES)}")
         if self.reference not in get_args(Reference):
@@ -67,15 +70,17 @@ class ExitReport:
     ece_after: float | None  # at `temperature`
     threshold: float | None  # None: closed, or the final exit
     share: float  # of the rows, that leave here
-    accuracy: float | None  # of this exit over all rows, had they all left here
-    changed: float | None  # share of the rows leaving here whose answer full depth would not give
+    accuracy: float | None  # of this exit over all rows, had they all left here; None of a regression
+    error: float | None  # of a regression, the same: mean absolute
+    changed: float | None  # share of the rows leaving here whose answer full depth would not give; not of a regression
 
 
 @dataclass(frozen=True)
 class CalibrationReport:
     """What a policy does on some rows; on rows that chose it without a test, expect a larger drop on others.
 
-    `drop` is against full depth, in the sense of the reference. Its standard error is that of independent
+    `drop` is against full depth, in the sense of the reference: of accuracy, or, for a regression, what is added to the
+    mean absolute error. Values have no accuracy, and classes no error. Its standard error is that of independent
     rows and leaves the choice out of account; it is 0 where nothing changed.
     """
 
@@ -87,6 +92,8 @@ class CalibrationReport:
     exits: tuple[ExitReport, ...]
     accuracy_full_depth: float | None
     accuracy_policy: float | None
+    error_full_depth: float | None  # mean absolute, of a regression
+    error_policy: float | None
     drop: float
     drop_standard_error: float
     mean_depth: float  # in segments
@@ -107,13 +114,17 @@ def calibrate(trace: Trace, options: CalibrateOptions) -> Calibration:
 
     Raises DataError when the trace has no rows that count, or costs or scores that make no sense.
     """
-    right_rows(trace, options.reference)  # raises before anything is fitted
-    is_unlabelled = options.reference == "full_depth"
+    _errors(trace, options.reference)  # raises before anything is fitted
+    keeps_temperatures = options.reference == "full_depth" or trace.is_regression
     temperatures = (
-        tuple(trace.temperatures.tolist()) if is_unlabelled else scaled_temperatures(trace, options.ece_limit)
+        tuple(trace.temperatures.tolist()) if keeps_temperatures else scaled_temperatures(trace, options.ece_limit)
     )
+    if trace.is_regression:
+        Policy.thresholds(options.score, [1.0] * (trace.num_exits - 1)).check_values()
     if options.target_speedup > 1:
         policy = thresholds_for_speedup(trace, options.score, options.target_speedup, temperatures)
+    elif trace.is_regression:
+        policy = fastest_values(trace, options.max_drop, temperatures, options.reference)
     else:
         policy = fastest_thresholds(trace, options.score, options.max_drop, temperatures, options.reference)
     return Calibration(policy, report_on(trace, policy, options.reference))
@@ -121,19 +132,21 @@ def calibrate(trace: Trace, options: CalibrateOptions) -> Calibration:
 
 def report_on(trace: Trace, policy: Policy, reference: Reference) -> CalibrationReport:
     """What `policy` does on `trace`. Raises DataError as `calibrate` does."""
-    counted, right = right_rows(trace, reference)
+    counted, errors = _errors(trace, reference)
     decided = replay(policy, trace)
-    losses = right[counted, -1].astype(np.int64) - right[counted, decided.exit_index[counted]]  # (L,) in {-1, 0, 1}
+    losses = errors[counted, decided.exit_index[counted]] - errors[counted, -1]  # (L,); of classes in {-1, 0, 1}
     expected_ms = expected_cost_ms(decided.exit_index, trace)
     return CalibrationReport(
         fingerprint=trace.fingerprint,
         backend=trace.backend,
         precision=trace.precision,
         num_rows=len(trace.labels),
-        num_labelled=int((trace.labels != UNKNOWN).sum()),
+        num_labelled=int(trace.known.sum()),
         exits=_exit_reports(trace, policy, decided),
         accuracy_full_depth=_accuracy(trace.predictions[:, -1], trace),
         accuracy_policy=_accuracy(decided.prediction, trace),
+        error_full_depth=_error(np.full(len(trace.labels), trace.num_exits - 1), trace),
+        error_policy=_error(decided.exit_index, trace),
         drop=float(losses.mean()),
         drop_standard_error=float(losses.std() / math.sqrt(len(losses))),
         mean_depth=mean_depth(decided.exit_index),
@@ -142,11 +155,23 @@ def report_on(trace: Trace, policy: Policy, reference: Reference) -> Calibration
     )
 
 
+def _errors(trace: Trace, reference: Reference) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The rows that count, (L,), and how wrong every exit is about every row, (N, E): 0 or 1, or by how much."""
+    if trace.is_regression:
+        return value_errors(trace, reference)
+    counted, right = right_rows(trace, reference)
+    return counted, (~right).astype(np.float64)
+
+
 def scaled_temperatures(trace: Trace, ece_limit: float = ECE_LIMIT) -> tuple[float, ...]:
     """The temperature of every exit, the final one included, fitted where its calibration error is above the limit.
 
+    A trace without logits keeps its own.
+
     Raises DataError when no row has a label.
     """
+    if not trace.has_logits:
+        return tuple(trace.temperatures.tolist())
     temperatures = []
     for k in range(trace.num_exits):
         error = _calibration_error(trace, k, 1.0)
@@ -161,7 +186,9 @@ def _calibration_error(trace: Trace, exit_index: int, temperature: float) -> flo
     known = trace.labels != UNKNOWN
     if not known.any():
         return None
-    scores = scores_from_logits(trace.logits[known, exit_index], 1 / temperature)
+    scores = trace.scores[known, exit_index]
+    if trace.has_logits:
+        scores = scores_from_logits(trace.logits[known, exit_index], 1 / temperature)
     correct = trace.predictions[known, exit_index] == trace.labels[known]
     return expected_calibration_error(scores[:, SCORES.index("max_prob")], correct)
 
@@ -181,7 +208,8 @@ def _exit_reports(trace: Trace, policy: Policy, decided: Replay) -> tuple[ExitRe
                 threshold=policy.limits[k] if k < len(policy.limits) else None,
                 share=float(shares[k]),
                 accuracy=_accuracy(trace.predictions[:, k], trace),
-                changed=float(changed.mean()) if len(changed) else None,
+                error=_error(np.full(len(trace.labels), k), trace),
+                changed=float(changed.mean()) if len(changed) and not trace.is_regression else None,
             )
         )
     return tuple(reports)
@@ -189,3 +217,11 @@ def _exit_reports(trace: Trace, policy: Policy, decided: Replay) -> tuple[ExitRe
 
 def _accuracy(predictions: NDArray[np.int64], trace: Trace) -> float | None:
     return accuracy(predictions, trace.labels) if (trace.labels != UNKNOWN).any() else None
+
+
+def _error(exit_index: NDArray[np.int64], trace: Trace) -> float | None:
+    """The mean absolute error when rows leave at `exit_index` (N,); None without targets."""
+    if not trace.is_regression or not trace.known.any():
+        return None
+    counted, errors = value_errors(trace, "label")
+    return float(errors[counted, exit_index[counted]].mean())

@@ -59,6 +59,7 @@ class CertifyOptions:
     sources: Sources = "together"
     strictest_for_unknown: bool = False
     seed: int = 0
+    value_range: float = 1.0  # of a regression: larger distances count as this, and risks are shares of it
 
     def __post_init__(self) -> None:
         for name in ("max_risk", "confidence"):
@@ -69,6 +70,8 @@ class CertifyOptions:
                 )
         if self.risk not in RISKS:
             raise OptionError(f"certify: got risk {self.risk!r}, expected one of {', '.join(RISKS)}")
+        if not 0 < self.value_range < math.inf:
+            raise OptionError(f"certify: got value range {self.value_range}, expected a positive number")
         if self.sources not in get_args(Sources):
             raise OptionError(f"certify: got sources {self.sources!r}, expected one of {', '.join(get_args(Sources))}")
 
@@ -112,18 +115,19 @@ def certify(trace: Trace, base: Policy, options: CertifyOptions) -> Certified:
     `base` says the score and all other conditions; exits that it closes stay closed and its other thresholds play no
     part. Where it has no temperatures they are fitted on the learning rows with labels, or are the trace's. Where
     nothing can be shown the policy is full depth, and the certificate says how many rows are missing. Raises
-    OptionError, and DataError when no row counts.
+    OptionError, also for a regression unless `base` decides by learned confidences alone, and DataError when no row
+    counts.
     """
     order = np.random.default_rng(options.seed).permutation(len(trace.labels))
     num_learned = int(len(order) * LEARNING_SHARE) if options.per_exit else 0
     learned, tested = order[:num_learned], order[num_learned:]
     if not base.temperatures:
-        has_labels = bool((trace.labels[learned] != UNKNOWN).any())
+        has_labels = not trace.is_regression and bool((trace.labels[learned] != UNKNOWN).any())
         temperatures = scaled_temperatures(trace.rows(learned)) if has_labels else tuple(trace.temperatures.tolist())
         base = replace(base, temperatures=temperatures)
     base = replace(base, sources={})
     inverse = base.inverse_temperatures(trace.num_exits)
-    table = losses_from_trace(trace, options.risk, inverse, options.class_index)
+    table = losses_from_trace(trace, options.risk, inverse, options.class_index, options.value_range)
     sureness = sureness_of(base, trace)
     work = _Workings(base, sureness, table, _path(trace, base, sureness, table, learned, options))
     groups = _groups(trace, tested, options)
@@ -236,6 +240,7 @@ def _certificate(
         trace_sha256=trace.sha256,
         seed=options.seed,
         class_name=str(options.class_index) if options.class_index != UNKNOWN else "",
+        value_range=options.value_range,
         exits=_exit_risks(work.table.rows(rows), exit_index[rows], options.delta),
         sources=statements,
     )

@@ -14,8 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.errors import DataError
-from offramp.trace import UNKNOWN, Trace
+from offramp.trace import Trace
 from offramp.tuning.losses import brier_scores
+from offramp.tuning.regression import ValueDiagnostics, diagnose_values, mid_ranks
 from offramp.tuning.temperature import (
     ECE_LIMIT,
     NUM_BINS,
@@ -84,13 +85,17 @@ class Overthinking:
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """All of it; `exits` is empty and `overthinking` None for a trace without labels."""
+    """All of it; `exits` is empty and `overthinking` None for a trace without labels, or of a regression.
+
+    That has `values`, and no agreement: no two exits give quite the same value.
+    """
 
     num_rows: int
     num_labelled: int
     agreement: tuple[tuple[float, ...], ...]  # (E, E): share of rows to which two exits give the same answer
     exits: tuple[ExitDiagnostics, ...] = ()
     overthinking: Overthinking | None = None
+    values: tuple[ValueDiagnostics, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """As plain values, for JSON."""
@@ -101,9 +106,13 @@ def diagnose(trace: Trace, ece_limit: float = ECE_LIMIT) -> Diagnostics:
     """Measure everything on `trace`. Raises DataError when it has no rows, or only one with a label."""
     if not len(trace.labels):
         raise DataError("diagnosing: got a trace of 0 rows, expected some; record it again with `offramp trace`")
-    known = trace.labels != UNKNOWN
-    agreement = exit_agreement(trace.predictions)
+    if not trace.has_logits:
+        raise DataError("diagnosing: got a trace without logits, as those of decoders are; `offramp score` has figures")
+    known = trace.known
     counts = len(trace.labels), int(known.sum())
+    if trace.is_regression:
+        return Diagnostics(*counts, (), values=diagnose_values(trace))
+    agreement = exit_agreement(trace.predictions)
     if not known.any():
         return Diagnostics(*counts, tuple(map(tuple, agreement.tolist())))
     rows = trace.rows(known)
@@ -156,7 +165,7 @@ def adaptive_calibration_error(
     """
     if not len(confidence):
         raise DataError("calibration error: got 0 rows, expected at least 1; record a trace with labels")
-    bins = (_mid_ranks(confidence) * num_bins / len(confidence)).astype(np.int64)  # ranks in (0, N)
+    bins = (mid_ranks(confidence) * num_bins / len(confidence)).astype(np.int64)  # ranks in (0, N)
     surplus = np.bincount(bins, np.asarray(confidence, np.float64) - correct, num_bins)
     return float(np.abs(surplus).sum() / len(confidence))
 
@@ -182,15 +191,8 @@ def failure_auroc(confidence: NDArray[np.floating], correct: NDArray[np.bool_]) 
     num_wrong = len(correct) - num_right
     if not num_right or not num_wrong:
         return None
-    below = _mid_ranks(confidence)[correct].sum() - num_right**2 / 2  # pairs with a wrong row below, or beside
+    below = mid_ranks(confidence)[correct].sum() - num_right**2 / 2  # pairs with a wrong row below, or beside
     return float(below / (num_right * num_wrong))
-
-
-def _mid_ranks(values: NDArray[np.floating]) -> NDArray[np.float64]:
-    """Of every value the number of smaller ones and half of the equal ones, itself included; in (0, N)."""
-    _, position, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ranks: NDArray[np.float64] = (np.cumsum(counts) - counts / 2)[position]
-    return ranks
 
 
 def reliability_bins(

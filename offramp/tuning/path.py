@@ -57,6 +57,8 @@ def sureness_of(policy: Policy, trace: Trace) -> Sureness:
     limits = tuple(loosest if opened else None for opened in open_exits(policy, trace))
     letting_go = replace(policy, limits=limits, sources={})
     letting_go.check_learned(trace.has_learned)
+    if trace.is_regression:
+        letting_go.check_values()
     scores = scores_at(trace, policy.inverse_temperatures(trace.num_exits))
     sureness = np.full((early, len(trace.labels)), -np.inf, np.float32)
     state = None

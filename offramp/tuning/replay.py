@@ -98,6 +98,8 @@ def _replay_alone(policy: Policy, trace: Trace) -> Replay:
     """What a policy without sources does with every row."""
     policy.check_exits(trace.num_exits)
     policy.check_learned(trace.has_learned)
+    if trace.is_regression:
+        policy.check_values()
     scores = scores_at(trace, policy.inverse_temperatures(trace.num_exits))
     num_rows, final = len(trace.logits), trace.num_exits - 1
     exit_index = np.full(num_rows, final, np.int64)

@@ -128,10 +128,10 @@ def right_rows(trace: Trace, reference: Reference) -> tuple[NDArray[np.int64], N
 
     Raises DataError when no row counts, OptionError for another reference.
     """
-    if trace.logits.shape[2] == 1:
+    if trace.is_regression:
         raise DataError(
-            "thresholds: got a trace of a regression, which has no right and wrong rows; set limits on its learned "
-            "confidences by hand: Policy.thresholds('learned', [...])"
+            "thresholds: got a trace of a regression, which has no right and wrong rows, so its exits cannot be placed "
+            "or thresholds chosen by accuracy; `offramp calibrate --score learned` knows errors"
         )
     if reference == "full_depth":
         counted = np.arange(len(trace.labels))

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch import Tensor, nn
+from transformers import BertConfig, BertModel
 
 from offramp import Policy
+from offramp.bundle import load_manifest
+from offramp.cli import main
+from offramp.commands import traces
 from offramp.commands.verification import verify_bundle
 from offramp.errors import CutError, DataError, OptionError
 from offramp.export.build_engine import BuildOptions, build_engines
@@ -20,17 +26,34 @@ from offramp.export.source import source_from_model
 from offramp.models.branchynet import BranchyNet, BranchyNetConfig
 from offramp.models.cascade import CascadeConfig, CascadeTransformer
 from offramp.models.efficientnet import EfficientNet, EfficientNetConfig
+from offramp.models.encoder import EarlyExitEncoder, EncoderConfig
 from offramp.models.regression import LearnedRegressor, RegressionConfig
 from offramp.runtime import Runner
 from offramp.tuning.thresholds import right_rows
+from tests.models.attachable import ENCODERS, tiny_attached
 
 ATOL = 1e-5  # torch against ONNX Runtime in FP32, as in docs/tolerances.md for MiniLM
-KINDS = ("cascade", "regression", "branchynet", "efficientnet")
+ATTACHED = tuple(ENCODERS)  # encoders of transformers with attached exits; ours with pruning: test_pruned_encoder.py
+KINDS = ("bert", "cascade", "regression", "branchynet", "efficientnet", *ATTACHED)
+PIXELS = {"branchynet": 12, "efficientnet": 14}  # and all others read texts
 VOCABULARY = 20
 
 
 def model_of(kind: str) -> nn.Module:
     torch.manual_seed(3)
+    if kind in ATTACHED:
+        return tiny_attached(kind)
+    if kind == "bert":
+        bert = BertConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=2,
+            intermediate_size=48,
+            max_position_embeddings=16,
+            initializer_range=0.2,
+        )
+        return EarlyExitEncoder(BertModel(bert), EncoderConfig((1, 2, 3), early_pooling="mean"))
     cascade = CascadeConfig((1, 2, 3), hidden_size=32, num_heads=2, inner_size=48, vocab_size=VOCABULARY)
     if kind == "cascade":
         return CascadeTransformer(cascade)
@@ -45,12 +68,11 @@ def model_of(kind: str) -> nn.Module:
 
 def inputs_of(kind: str, rows: int) -> dict[str, Tensor]:
     draw = torch.Generator().manual_seed(5)
-    if kind in ("cascade", "regression"):
+    if kind not in PIXELS:
         ids = torch.randint(1, VOCABULARY, (rows, 9), generator=draw)
         mask = (torch.arange(9) < torch.randint(2, 10, (rows, 1), generator=draw)).long()
         return {"input_ids": ids * mask, "attention_mask": mask}
-    size = 12 if kind == "branchynet" else 14
-    return {"pixels": torch.rand(rows, 1, size, size, generator=draw)}
+    return {"pixels": torch.rand(rows, 1, PIXELS[kind], PIXELS[kind], generator=draw)}
 
 
 @pytest.fixture(scope="module")
@@ -91,6 +113,25 @@ def test_the_chain_says_what_torch_says(bundles: dict[str, Path], kind: str) -> 
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_fp16_is_within_the_usual_tolerance(bundles: dict[str, Path], kind: str) -> None:
+    """Export has refused what is not; here, that it is FP16 at all."""
+    parity = load_manifest(bundles[kind]).parity
+    assert [found["allowed_ratio"] <= 1 for found in parity["fp16_segments"]] == [True] * 3
+    assert min(parity["fp16_weight_share"]) > 0.5
+
+
+def test_patience_leaves_where_exits_agree(bundles: dict[str, Path]) -> None:
+    feed = {name: tensor.numpy() for name, tensor in inputs_of("bert", 40).items()}
+    with Runner.open(bundles["bert"], policy=Policy(patience=2)) as runner:
+        said = runner.record([feed]).predictions
+        result = runner.run(feed)
+    agreed = [1 if first == second else 2 for first, second, _ in said.tolist()]
+    assert result.exit_index.tolist() == agreed
+    assert len(set(agreed)) == 2
+    np.testing.assert_array_equal(result.prediction, said[np.arange(40), agreed])
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_plan_for_each_segment(bundles: dict[str, Path], kind: str) -> None:
     report = build_engines(bundles[kind], BuildOptions())
     assert [plan.segment for plan in report.segments] == [0, 1, 2]
@@ -115,6 +156,48 @@ def test_a_regression_is_decided_by_its_confidence_alone(bundles: dict[str, Path
         runner.policy = Policy.thresholds("max_prob", [None, None])
     with pytest.raises(DataError, match="a trace of a regression"):
         right_rows(trace, "full_depth")
+
+
+def test_a_regression_from_the_command_line(
+    bundles: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Recorded with its targets, calibrated, diagnosed and timed by its error; what is about classes says so."""
+    monkeypatch.setattr(traces, "_COST_SECONDS", 0.0)
+    bundle, data = str(bundles["regression"]), str(tmp_path / "rows.npz")
+    feed = {name: tensor.numpy() for name, tensor in inputs_of("regression", 400).items()}
+    with Runner.open(bundle, policy=Policy.full_depth()) as runner:
+        values = runner.run(feed).outputs["logits"][:, 0]
+    targets = values + np.random.default_rng(0).normal(size=400).astype(np.float32)
+    np.savez(data, **feed, labels=targets)
+
+    def run(*arguments: str) -> Any:
+        result = CliRunner().invoke(main, [*arguments, "--json"])
+        assert result.exit_code == 0, result.output
+        return json.loads(result.stdout)
+
+    assert run("trace", bundle, "--data", data)["labelled"] == 400
+    error = float(np.abs(values - targets).mean())
+    certified = run("calibrate", bundle, "--max-risk", "0.2", "--value-range", "2")
+    assert (certified["policy"]["score"], certified["certificate"]["risk"]) == ("learned", "deviation")
+    assert certified["certificate"]["value_range"] == 2
+    assert certified["error_full_depth"] == pytest.approx(error, abs=0.2), "of the tested rows"
+    empirical = run("calibrate", bundle, "--max-drop", "0.05")
+    assert empirical["error_full_depth"] == pytest.approx(error, rel=1e-5)
+    assert empirical["error_policy"] <= error + 0.05
+    assert run("diagnose", bundle)["values"][2]["error"] == pytest.approx(error, rel=1e-5)
+    measured = run("bench", bundle, "--data", data, "--requests", "2", "--batch-sizes", "1")
+    assert measured["offramp"]["1"]["error"] == pytest.approx(empirical["error_policy"], abs=1e-4)
+    assert measured["uncut"]["1"]["error"] == pytest.approx(error, abs=1e-4)
+    assert measured["uncut"]["1"]["accuracy"] is None
+    for arguments, said in (
+        (("report", bundle), "the page is about classes"),
+        (("place", bundle, "-o", str(tmp_path / "placed")), "a trace of a regression"),
+        (("calibrate", bundle, "--risk", "consistency"), "for a trace of a regression"),
+        (("calibrate", bundle, "--score", "margin"), "on 'learned' alone"),
+    ):
+        result = CliRunner().invoke(main, list(arguments))
+        assert result.exit_code != 0
+        assert said in " ".join(result.output.split()), result.output
 
 
 class Values(nn.Module):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from offramp.errors import DataError, OptionError
+from offramp.models.attached import AttachedConfig
 from offramp.models.branchynet import BranchyNet, BranchyNetConfig
 from offramp.models.cascade import CascadeConfig, CascadeTransformer, sinusoids
 from offramp.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
@@ -111,6 +112,7 @@ def test_what_is_loaded_is_what_was_saved(
     made = {
         "bert": checkpoint.model,
         "regression": fresh("regression", regression, encoder_path) if kind == "regression" else None,
+        "attached": fresh("attached", AttachedConfig((1, 3)), encoder_path) if kind == "attached" else None,
         "cascade": CascadeTransformer(CASCADE),
         "branchynet": BranchyNet(BRANCHYNET),
         "efficientnet": EfficientNet(EFFICIENTNET),
