@@ -285,7 +285,8 @@ class EarlyExitDecoder(nn.Module):
             past_length, past = torch.zeros_like(input_ids[:, 0]), self._nothing(len(input_ids))
         shape = input_ids.shape[1], past[0][0].shape[2]
         hidden = self.dropout(self.embedding(input_ids))  # (N, T, d)
-        said, present, depth = Said([], []), [], 0
+        present: list[tuple[Tensor, ...]] = []
+        said, depth = Said([], present), 0
         limits: Sequence[tuple[Tensor, ...]] = [()] * self.config.exits[-1]
         if threshold is not None:
             limits = [(limit,) for limit in threshold.unbind(1)]
@@ -297,13 +298,14 @@ class EarlyExitDecoder(nn.Module):
                 present.append(made)
             depth = until
             hidden = now if places.active is None else hidden.index_put(places.active, now)
+            assert isinstance(leave, DecoderExit)
             shown = hidden  # (N, T, d): what the exit looks at
             for layer in leave.layers:
                 now, made = layer(now, shown, places, past[len(present)])
                 present.append(made)
                 shown = now if places.active is None else shown.index_put(places.active, now)
             said.exits.append(self._said(leave, shown))
-        return Said(said.exits, present)
+        return said
 
     def _nothing(self, rows: int) -> list[tuple[Tensor, ...]]:
         """A past of one position that nobody sees: an operator on no positions at all is a case that nobody tests."""
@@ -339,8 +341,7 @@ class EarlyExitDecoder(nn.Module):
         mask = torch.where(seen, 0.0, MASKED_SCORE)
         return Places(index, (query_turn[0], query_turn[1]), (key_turn[0], key_turn[1]), mask)
 
-    def _said(self, leave: nn.Module, hidden: Tensor) -> ExitSaid:
-        assert isinstance(leave, DecoderExit)
+    def _said(self, leave: DecoderExit, hidden: Tensor) -> ExitSaid:
         normed = leave.norm(hidden)
         logits = functional.linear(normed, self.embedding.weight if leave.head is None else leave.head.weight)
         gate = None if leave.gate is None else leave.gate(normed)[..., 0].sigmoid()

@@ -81,7 +81,7 @@ def train_routers(decoder: EarlyExitDecoder, tokens: Tokens, phase: RouterPhase,
         with fast_products(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             decoder.requires_grad_(False)
-            for ids in texts[: phase.fitted].split(phase.learn.batch):
+            for ids in torch.split(texts[: phase.fitted], phase.learn.batch):
                 sums.add(decoder, ids)
         sums.fit(decoder)
     parameters = freeze_all_but_routers(decoder)
@@ -94,7 +94,7 @@ def train_routers(decoder: EarlyExitDecoder, tokens: Tokens, phase: RouterPhase,
 
     losses = _learn(parameters, lambda at, done: loss(texts[at], done), phase.learn, len(texts), seed)
     with fast_products():
-        set_thresholds(decoder, texts[-phase.calibrated :].split(phase.learn.batch))
+        set_thresholds(decoder, torch.split(texts[-phase.calibrated :], phase.learn.batch))
     decoder.requires_grad_(False)
     return losses
 
@@ -152,7 +152,7 @@ def agreement(decoder: EarlyExitDecoder, states: States, first: int) -> list[flo
     """How often each early exit's most likely token is the final exit's, at positions from `first` on."""
     right = np.zeros(len(decoder.exits) - 1)
     with fast_products():
-        for at in torch.arange(len(states.tokens)).split(16):
+        for at in torch.split(torch.arange(len(states.tokens)), 16):
             told = _final_logits(decoder, states.hidden[-1, at, first:]).argmax(-1)
             for index in range(len(right)):
                 said = exit_answers(decoder, index, states.hidden[index, at].float())[0][:, first:]
@@ -168,7 +168,7 @@ def train_gates(decoder: EarlyExitDecoder, states: States, phase: GatePhase, see
     costs = [at / decoder.config.exits[-1] for at in decoder.config.exits]
     wanted = best_gates(losses, costs, phase.options.cost_weight)
     decoder.requires_grad_(False)
-    gates: list[Any] = [leave.gate for leave in list(decoder.exits)[:-1]]  # type: ignore[union-attr]
+    gates: list[Any] = [leave.gate for leave in list(decoder.exits)[:-1]]
     for gate in gates:
         gate.requires_grad_(True)
 
@@ -192,7 +192,7 @@ def _gate_features(decoder: Any, states: States) -> tuple[list[Tensor], Tensor]:
     features: list[list[Tensor]] = [[] for _ in range(len(decoder.exits) - 1)]
     costs: list[Tensor] = []
     with fast_products():
-        for at in torch.arange(len(states.tokens)).split(8):
+        for at in torch.split(torch.arange(len(states.tokens)), 8):
             told = _final_logits(decoder, states.hidden[-1, at]).float().log_softmax(-1).flatten(0, 1)
             found = []
             for index, kept in enumerate(features):
@@ -272,4 +272,4 @@ def _learn(
 
 def _batches(rows: int, size: int) -> Iterator[Tensor]:
     while True:
-        yield from torch.randperm(rows).split(size)
+        yield from torch.split(torch.randperm(rows), size)
