@@ -190,8 +190,8 @@ def test_a_regression_from_the_command_line(
     assert measured["uncut"]["1"]["error"] == pytest.approx(error, abs=1e-4)
     assert measured["uncut"]["1"]["accuracy"] is None
     for arguments, said in (
-        (("report", bundle), "the page is about classes"),
-        (("place", bundle, "-o", str(tmp_path / "placed")), "a trace of a regression"),
+        (("report", bundle, "-o", str(tmp_path / "page.html")), "the page is about classes"),
+        (("place", bundle, "-o", str(tmp_path / "placed")), "exits are placed by rows that are right or wrong"),
         (("calibrate", bundle, "--risk", "consistency"), "for a trace of a regression"),
         (("calibrate", bundle, "--score", "margin"), "on 'learned' alone"),
     ):
