@@ -18,7 +18,8 @@ from offramp.runtime import Runner
 def answers(runner: Runner, data: str, batch_size: int) -> Iterator[dict[str, Any]]:
     """Answer `data` in its order: an .npz file of inputs, a file of texts, or - for texts on stdin.
 
-    Every line is a text, blank ones too. A regression has a value in place of a prediction. Raises DataError, InputError or BundleError.
+    Every line is a text, blank ones too. A regression has a value in place of a prediction. Raises DataError,
+    InputError or BundleError.
     """
     for inputs in _requests(runner, data, batch_size):
         result = runner.run(inputs)

@@ -185,8 +185,8 @@ def test_a_regression_from_the_command_line(
     empirical = run("calibrate", bundle, "--max-drop", "0.05")
     assert empirical["error_full_depth"] == pytest.approx(error, rel=1e-5)
     assert empirical["error_policy"] <= error + 0.05
-    answers = CliRunner().invoke(main, ["run", bundle, str(tmp_path / "asked.npz"), "--full-depth"]).stdout.splitlines()
-    assert [json.loads(line)["value"] for line in answers] == values[:3].tolist()
+    said = CliRunner().invoke(main, ["run", bundle, str(tmp_path / "asked.npz"), "--full-depth"]).stdout
+    assert [json.loads(line)["value"] for line in said.splitlines()] == values[:3].tolist()
     assert run("diagnose", bundle)["values"][2]["error"] == pytest.approx(error, rel=1e-5)
     measured = run("bench", bundle, "--data", data, "--requests", "2", "--batch-sizes", "1")
     assert measured["offramp"]["1"]["error"] == pytest.approx(empirical["error_policy"], abs=1e-4)
