@@ -34,14 +34,14 @@ from offramp.command_line.options import (
 @click.option(
     "--score",
     type=click.Choice([*SCORES, LEARNED]),
-    default="",
+    default=None,
     show_default="max_prob; learned for a regression",
     help="What exits are sure by.",
 )
 @click.option("--max-risk", default=0.01, show_default=True, help="What the risk is certified to be at most.")
 @click.option("--confidence", default=0.95, show_default=True, help="Of the certificate.")
 @click.option(
-    "--risk", type=click.Choice(list(RISKS)), default="", show_default="consistency; deviation for a regression"
+    "--risk", type=click.Choice(list(RISKS)), default=None, show_default="consistency; deviation for a regression"
 )
 @click.option(
     "--value-range",
