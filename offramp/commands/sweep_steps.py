@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from offramp.bundle import Manifest, load_manifest
+from offramp.bundle import LEARNED, Manifest, load_manifest
 from offramp.commands.calibration import certify_bundle
 from offramp.commands.sources import source_from_argument
 from offramp.commands.sweep_run import Place, Record, State, held, is_trained, load_record, save_record, sha256_of
@@ -86,7 +86,8 @@ def calibrate_run(place: Place, measure: Measure) -> State:
         if len(manifest.exits) == 1:
             return {}
         trace = stored_trace(bundle, bench.backend, bench.precision)
-        found = certify_bundle(bundle, trace, Policy("max_prob"), measure.calibrate)
+        base = Policy(LEARNED if manifest.is_regression else "max_prob")
+        found = certify_bundle(bundle, trace, base, measure.calibrate)
         return found.document() | {"words": list(found.certificate.words()) if found.certificate else []}
 
     def is_there() -> bool:
