@@ -22,6 +22,7 @@ from offramp.commands.sweeps import Measure
 from offramp.commands.traces import TraceRequest, record_bundle, stored_trace
 from offramp.commands.training import load_splits
 from offramp.errors import OfframpError
+from offramp.export.capture import DEFAULT_OPSET
 from offramp.export.export_bundle import ExportOptions, export_bundle
 from offramp.models.checkpoint import WEIGHTS_FILE
 from offramp.models.data import TextSplits
@@ -41,8 +42,12 @@ def export_run(place: Place, measure: Measure) -> State:
 
     def make() -> dict[str, Any]:
         rows = save_rows(place)
-        source = source_from_argument(str(place.checkpoint), (), 20, "", {})
-        manifest = export_bundle(source, place.path / BUNDLE, ExportOptions(measure.precision))
+        place.say(f"{place.run.name}: capturing")
+        source = source_from_argument(str(place.checkpoint), (), DEFAULT_OPSET, "", {})
+        options = ExportOptions(measure.precision)
+        manifest = export_bundle(
+            source, place.path / BUNDLE, options, lambda step: place.say(f"{place.run.name}: {step}")
+        )
         return {"exits": len(manifest.exits), "rows": {name: file.name for name, file in rows.items()}}
 
     return done(place, EXPORT, made_from, make, lambda: (place.path / BUNDLE / "manifest.json").is_file())
