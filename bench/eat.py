@@ -23,6 +23,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from eat_plots import draw
 from eat_points import DENSE, EAT, STATIC, Flops, Point, flops_of, points_of, worth_of
 from eat_table import COLUMNS, MORE_COLUMNS, against_dense, csv_of, markdown_of, over_seeds, published
 from machine import describe_machine
+from numpy.typing import NDArray
 from timed import progress
 
 from offramp.commands.benchmark import Answer, asking, runner_answer, uncut_answer
@@ -138,8 +140,9 @@ def rows_of_seed(
     for name, trace in traces.items():
         flops.setdefault(name, flops_of(models[name], trace.lengths))
     dense_flops = float(np.mean([flops[DENSE][length][-1] for length in traces[DENSE].lengths.tolist()]))
-    validation = stored_trace(places[EAT].path / BUNDLE, "onnxruntime", "fp32")
-    target = float(validation.costs_ms.sum()) / traces[STATIC].uncut_ms
+    costs = {name: costs_of(places[name], options.threads) for name in (STATIC, EAT)}
+    validation = replace(stored_trace(places[EAT].path / BUNDLE, "onnxruntime", "fp32"), costs_ms=costs[EAT])
+    target = float(costs[EAT].sum() / costs[STATIC].sum())
     points = points_of(validation, policy_of(places[EAT]), measure.calibrate, target)
     by_name = {name: (name, Point(name, "", Policy.full_depth())) for name in (DENSE, STATIC)}
     by_name |= {point.key: (EAT, point) for point in points}
@@ -159,6 +162,12 @@ def rows_of_seed(
                 rows[key]["throughput"] = 1e3 * size / found["mean_ms"]
     against_dense(rows, DENSE)
     return rows
+
+
+def costs_of(place: Place, threads: int) -> NDArray[np.float64]:
+    """Return what every segment costs for one row, (E,) ms, now: traces may have been recorded beside other work."""
+    with Runner.open(place.path / BUNDLE, "onnxruntime", Policy.full_depth(), threads, "fp32") as runner:
+        return runner.record(requests_of(place, runner, BATCH, 2 * BATCH)).costs_ms
 
 
 def timed(places: Mapping[str, Place], points: list[Point], size: int, seconds: float, threads: int) -> dict[str, Any]:
@@ -215,7 +224,7 @@ def tiny_sweep(folder: Path, options: argparse.Namespace) -> argparse.Namespace:
     config = BertConfig(
         vocab_size=len(words),
         hidden_size=16,
-        num_hidden_layers=4,
+        num_hidden_layers=3,
         num_attention_heads=2,
         intermediate_size=32,
         max_position_embeddings=32,
@@ -229,18 +238,18 @@ def tiny_sweep(folder: Path, options: argparse.Namespace) -> argparse.Namespace:
     tokenizer.save(str(folder / "encoder" / "tokenizer.json"))
     lines = [
         json.dumps({"text": f"{word} film {'very ' * (n % 9)} {n}", "label": word})
-        for n in range(200)
+        for n in range(100)
         for word in ("good", "bad")
     ]
     (folder / "texts.jsonl").write_text("\n".join(lines))
     data = f'[data]\nname = "{folder}/texts.jsonl"\nmax_length = 24\n'
-    model = f'[model]\nkind = "bert"\nexits = [2, 3, 4]\nwindow = 4\nweights = "{folder}/encoder"\n'
-    (folder / "recipe.toml").write_text(f"{data}{model}[model.pruning]\nlayers = [2]\n[[stage]]\nepochs = 1\n")
-    alone = 'without = ["model.pruning", "model.window"]\n'
+    model = f'[model]\nkind = "bert"\nexits = [1, 2, 3]\nweights = "{folder}/encoder"\n'
+    (folder / "recipe.toml").write_text(f"{data}{model}[model.pruning]\nlayers = [1]\n[[stage]]\nepochs = 1\n")
+    alone = 'without = ["model.pruning"]\n'
     (folder / "tiny.toml").write_text(
         'recipe = "recipe.toml"\nseeds = 1\n'
-        f'[variant.dense]\n{alone}set = {{ "model.exits" = [4], "stage.strategy" = "final" }}\n'
-        f'[variant.static]\n{alone}set = {{ "model.exits" = [2], "stage.strategy" = "final" }}\n'
+        f'[variant.dense]\n{alone}set = {{ "model.exits" = [3], "stage.strategy" = "final" }}\n'
+        f'[variant.static]\n{alone}set = {{ "model.exits" = [1], "stage.strategy" = "final" }}\n'
         "[variant.eat]\n[measure.calibrate]\nmax_risk = 0.5\n"
     )
     request = SweepRequest(str(folder / "tiny.toml"), steps=("train", "export", "trace", "calibrate"))

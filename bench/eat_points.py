@@ -69,14 +69,14 @@ def points_of(validation: Trace, certified: Policy, options: CertifyOptions, tar
     temperatures = scaled_temperatures(validation, ECE_LIMIT)
     points = [Point(FULL_DEPTH, "", Policy.full_depth())]
     points += [Point(EAT, f"{tau:.2f}", Policy.thresholds("max_prob", [tau] * early, temperatures)) for tau in TAUS]
-    points += [
-        Point(CERTIFIED, f"risk {options.max_risk:g}", certified),
-        Point(PATIENCE, "agree", Policy("max_prob", patience=2)),
-        Point(PATIENCE, "agree, 0.90", Policy("max_prob", (0.90,) * early, temperatures, patience=2)),
-    ]
+    points.append(Point(CERTIFIED, f"risk {options.max_risk:g}", certified))
     for risk in RISKS:
         found = certify(validation, Policy("max_prob"), replace(options, max_risk=risk))
         points.append(Point(CERTIFIED, f"risk {risk:g}", found.policy))
+    points += [
+        Point(PATIENCE, "agree", Policy("max_prob", patience=2)),
+        Point(PATIENCE, "agree, 0.90", Policy("max_prob", (0.90,) * early, temperatures, patience=2)),
+    ]
     for drop in DROPS:
         policy = fastest_thresholds(validation, "max_prob", drop, temperatures)
         points.append(Point(FASTEST, f"drop {drop:g}", policy))
