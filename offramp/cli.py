@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import click
 
 from offramp.command_line.answering import bench, run
-from offramp.command_line.generating import generate
+from offramp.command_line.generating import generate, score
 from offramp.command_line.looking import doctor, inspect, report, verify
 from offramp.command_line.making import build_engine, export
 from offramp.command_line.placing import place
@@ -67,6 +67,7 @@ _COMMANDS = (
     calibrate,
     run,
     generate,
+    score,
     bench,
     monitor,
     inspect,

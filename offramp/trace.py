@@ -43,7 +43,9 @@ class Trace:
     `batch_costs_ms` the same for batches of the sizes `cost_sizes`, which ascend. `learned` has no columns for a model
     without learned confidences, else one per exit, NaN for the exits without; so has `retention`, the share of tokens
     kept, in (0, 1]. `sources` says where each row came from. A regression (C = 1) has `targets` in place of labels: the
-    values that the rows really have, in the unit of its logits. Raises DataError when made with anything else.
+    values that the rows really have, in the unit of its logits. A decoder's rows are token positions, and C = 0: logits
+    over a vocabulary are not kept, its temperatures are those of the recording. Raises DataError when made with
+    anything else.
     """
 
     logits: NDArray[np.float32]  # (N, E, C)
@@ -87,7 +89,7 @@ class Trace:
             if (got := getattr(self, name).shape) != shape:
                 raise DataError(f"trace: got {name} of shape {got}, expected {shape} beside logits {self.logits.shape}")
         most = UNKNOWN if self.is_regression else classes - 1
-        if rows and not (self.labels.min() >= UNKNOWN and self.labels.max() <= most):
+        if rows and not (self.labels.min() >= UNKNOWN and (self.labels.max() <= most or not classes)):
             raise DataError(
                 f"trace: got labels in [{self.labels.min()}, {self.labels.max()}], expected "
                 + ("targets for a regression" if self.is_regression else f"below {classes}")
@@ -175,6 +177,11 @@ class Trace:
     def known(self) -> NDArray[np.bool_]:
         """(N,): has the row a label, or a target?"""
         return ~np.isnan(self.targets) if self.is_regression else self.labels != UNKNOWN
+
+    @property
+    def has_logits(self) -> bool:
+        """Are logits kept, to scale by other temperatures?"""
+        return bool(self.logits.shape[2])
 
     @property
     def has_learned(self) -> tuple[bool, ...]:

@@ -28,3 +28,11 @@ def run_example(name: str, *arguments: object) -> str:
 def text_bundle(tmp_path_factory: pytest.TempPathFactory) -> TextBundle:
     output = tmp_path_factory.mktemp("example")
     return TextBundle(output / "bundle", run_example("01_train_and_export.py", output))
+
+
+@pytest.fixture(scope="session")
+def decoder_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny decoder of tests/decoders.py as a bundle that no test may change."""
+    from tests import decoders
+
+    return decoders.export_to(tmp_path_factory.mktemp("decoder"))

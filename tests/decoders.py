@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from functools import cache
 from pathlib import Path
 
@@ -98,6 +99,29 @@ def leaving(
             text.append(answer)
             exits.append(left)
     return text[len(prompt) :], exits
+
+
+@torch.no_grad()
+def scored(tokens: list[int], gates: tuple[float, ...]) -> tuple[list[float], list[int]]:
+    """Log probability of every token but the first, and the exit that gave it, position by position.
+
+    A position leaves where its gate is at least its threshold; the layers that it skips make their keys and values from
+    its hidden state there.
+    """
+    model, log_probs, exits = decoder(), [], []
+    caches: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(LAYERS)]
+    for place, (token, following) in enumerate(itertools.pairwise(tokens)):
+        hidden, left = model.embedding(torch.tensor([[token]])), None
+        for depth, (layer, leave) in enumerate(zip(model.layers, model.exits, strict=True)):
+            through = _one_position(layer, hidden, caches[depth], place)
+            if left is None:
+                hidden = through
+                said = model._said(leave, hidden)
+                if depth == LAYERS - 1 or said.gate.item() >= gates[depth]:
+                    left = depth
+                    log_probs.append(float(said.logits[0, 0].log_softmax(-1)[following]))
+                    exits.append(left)
+    return log_probs, exits
 
 
 def _one_position(layer, hidden, cache, place):

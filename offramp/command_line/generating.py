@@ -1,4 +1,4 @@
-"""Commands for decoders: generate."""
+"""Commands for decoders: generate, score."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from offramp.command_line.options import BUNDLE, JSON, THREADS, print_result
+from offramp.command_line.options import BUNDLE, JSON, SCORE, THREADS, print_result
 from offramp.errors import OptionError
 
 
@@ -24,7 +24,7 @@ from offramp.errors import OptionError
     help="Layers that a token skipped: filled exactly when needed; from its state at the exit; or proposed tokens are "
     "verified, which gives the text of full depth.",
 )
-@click.option("--draft", default=4, show_default=True, help="Tokens proposed at once (lossless).")
+@click.option("--draft", default=4, show_default=True, help="Tokens read before they are verified (lossless).")
 @click.option(
     "--threshold", default="", metavar="T[,T…]", help="Max. probability per exit, - closes it.  [the bundle's]"
 )
@@ -60,6 +60,29 @@ def generate(bundle: Path, prompts: tuple[str, ...], threshold: str, as_json: bo
                 click.echo(text[len(shown) :], nl=False)
                 shown = text
         click.echo()
+
+
+@click.command()
+@BUNDLE
+@click.option("--data", required=True, help="Texts: a .txt (one per line), .csv or .jsonl file, - for stdin; or .npz.")
+@click.option("--limit", default=0, show_default="all", help="Score this many texts, the first ones.")
+@SCORE
+@click.option("--threshold", default="", metavar="T[,T…]", help="Thresholds per exit, - closes it.  [the bundle's]")
+@click.option("--chunk", default=128, show_default=True, help="Positions of a text that are read at once.")
+@click.option("--max-batch", default=0, show_default="8", help="Texts that are scored together.")
+@click.option("--precision", default="fp32", show_default=True)
+@THREADS
+@JSON
+def score(bundle: Path, data: str, limit: int, score: str, threshold: str, as_json: bool, **options: Any) -> None:
+    """Perplexity of texts, and at which exits their tokens left. Longer texts than the bundle takes are cut."""
+    from offramp.commands.scoring import score_texts
+    from offramp.policy import Policy
+    from offramp.runtime.scorer import Scorer
+
+    policy = Policy.thresholds(score, _limits(threshold)) if threshold else None
+    with Scorer.open(bundle, policy, **options) as scorer:
+        report = score_texts(scorer, data, limit)
+    print_result(as_json, dataclasses.asdict(report), report.lines())
 
 
 def _limits(text: str) -> list[float | None]:

@@ -98,7 +98,7 @@ def _print_exported(output: Path, rows: int, as_json: bool) -> None:
 @click.option("--dry-run", is_flag=True, help="Say what would be built, and write nothing.")
 @JSON
 def build_engine(bundle: Path, as_json: bool, **options: Any) -> None:
-    """Build one TensorRT engine per segment; tensorrt-rtx needs no GPU.
+    """Build one TensorRT engine per segment and per separate head; tensorrt-rtx needs no GPU.
 
     Each finished plan is recorded at once, so an interrupted build goes on where it stopped.
     """
@@ -128,7 +128,7 @@ def build_engine(bundle: Path, as_json: bool, **options: Any) -> None:
     with progress_bars(not as_json) as show:
         report = build_engines(bundle, build, show)
     lines = [
-        f"segment {found.segment}: {found.action} {found.path}, {found.bytes / 1e6:.1f} MB, "
+        f"{found.name}: {found.action} {found.path}, {found.bytes / 1e6:.1f} MB, "
         f"{found.fp16_share:.0%} of layers in FP16, {found.seconds:.1f} s"
         for found in report.segments
     ]

@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 def trace(bundle: Path, as_json: bool, output: Path | None, **options: Any) -> None:
     """Record what every exit says about every row of --data, on the engines that will run, and what segments cost.
 
+    A decoder's rows are the tokens of the texts in --data (--limit: of the first texts).
+
     In bounded memory; killed and started again, it goes on where it was. Nothing else should run meanwhile: segments
     are timed, and so is the uncut model where BUNDLE.reference is there.
     """

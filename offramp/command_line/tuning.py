@@ -100,7 +100,8 @@ def calibrate(bundle: Path, as_json: bool, **options: Any) -> None:
         found = calibrate_bundle(bundle, trace, uncertified)
     else:
         found = certify_bundle(bundle, trace, base, certified, options["compare"])
-    run_it = f"next: offramp run {bundle}" + (
+    command = "run" if trace.has_logits else "generate"
+    run_it = f"next: offramp {command} {bundle}" + (
         f" --precision {options['precision']}" if options["precision"] not in ("auto", "fp32") else ""
     )
     print_result(as_json, found.document(), [*lines_from_calibrated(found), run_it])

@@ -77,6 +77,11 @@ def certify_bundle(
     bundle: Path, trace: Trace, base: Policy, options: CertifyOptions, is_compared: bool = False
 ) -> Calibrated:
     """Give `bundle` the policy over `base` with a certified risk on `trace`, and its certificate. Raises as above."""
+    if load_manifest(bundle).decoder:
+        raise OptionError(
+            "calibrate: a decoder's rows are tokens of texts, which depend on each other: no test on them holds; use "
+            "--max-drop (with --consistency against full depth) or --target-speedup"
+        )
     certified = certify(trace, base, options)
     certificate = certified.certificate
     if certificate.class_name:

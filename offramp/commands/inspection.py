@@ -25,10 +25,10 @@ def describe_bundle(bundle: Path) -> dict[str, Any]:
         read_file(bundle, manifest.text.tokenizer)
     description = dataclasses.asdict(manifest)
     description["fingerprint"] = manifest.fingerprint
-    for segment, shown in zip(manifest.segments, description["segments"], strict=True):
-        for record in segment.graphs.values():
+    for part, shown in zip(manifest.parts, [*description["segments"], *description["heads"]], strict=True):
+        for record in part.graphs.values():
             read_file(bundle, record)
-        for plan, plan_shown in zip(segment.plans, shown["plans"], strict=True):
+        for plan, plan_shown in zip(part.plans, shown["plans"], strict=True):
             content = read_file(bundle, plan.file)
             check_plan_header(content, plan)
             plan_shown["header"] = dataclasses.asdict(plan_header(content))
@@ -67,18 +67,30 @@ def lines_from_description(description: dict[str, Any]) -> Iterator[str]:
         yield f"  cuts off padding along {dimension} in {precision}"
     for segment, exit_spec in zip(description["segments"], description["exits"], strict=True):
         others = "".join(f", {words.called} {exit_spec[kind]}" for kind, words in WORDS.items() if exit_spec[kind])
+        others += f", head {exit_spec['head']}" if exit_spec["head"] else ""
         yield f"segment {segment['index']} → exit {exit_spec['name']}, {exit_spec['num_classes']} classes{others}"
         for tensor in segment["carry_out"]:
             yield f"  carries {tensor['name']} {tensor['dtype']} {_shape(tensor['shape'])}"
-        for precision, record in segment["graphs"].items():
-            yield f"  graph {precision}: {record['path']}, {record['bytes'] / 1e6:.1f} MB"
-        for plan in segment["plans"]:
-            header = plan["header"]
-            yield (
-                f"  plan {plan['precision']}: {plan['file']['path']}, {plan['file']['bytes'] / 1e6:.1f} MB, "
-                f"header says {header['backend']} {header['version']}, for SM {', '.join(plan['targets'])}"
-            )
+        if states := segment["states"]:
+            first = states[0]["tensor"]
+            yield f"  keeps {len(states)} states, {first['name']} {first['dtype']} {_shape(first['shape'])} and so on"
+        yield from _file_lines(segment)
+    for head in description["heads"]:
+        yield f"{head['name']}: of hidden states (rows, {head['width']})"
+        yield from _file_lines(head)
     yield from _certificate_lines(description["certificate"])
+
+
+def _file_lines(part: dict[str, Any]) -> Iterator[str]:
+    """Graphs and plans of a segment or head."""
+    for precision, record in part["graphs"].items():
+        yield f"  graph {precision}: {record['path']}, {record['bytes'] / 1e6:.1f} MB"
+    for plan in part["plans"]:
+        header = plan["header"]
+        yield (
+            f"  plan {plan['precision']}: {plan['file']['path']}, {plan['file']['bytes'] / 1e6:.1f} MB, "
+            f"header says {header['backend']} {header['version']}, for SM {', '.join(plan['targets'])}"
+        )
 
 
 def _certificate_lines(found: dict[str, Any] | None) -> Iterator[str]:

@@ -15,6 +15,7 @@ import numpy as np
 
 from offramp.bundle import Manifest, load_manifest
 from offramp.commands.dataset import ROTTEN_TOMATOES, open_rows
+from offramp.commands.decoder_traces import precision_of, record_decoder
 from offramp.commands.uncut import uncut_call
 from offramp.errors import DataError, OptionError
 from offramp.export.export_bundle import reference_path
@@ -54,6 +55,13 @@ def trace_for(
     With `request.data`, it is recorded in any case. `say` is told what is done. Raises OptionError, DataError,
     BundleError or BackendError.
     """
+    if load_manifest(bundle).decoder:
+        path = trace_path(bundle, ONNXRUNTIME, precision_of(request))
+        if not request.data and path.is_file() and is_of(trace := load_trace(path), load_manifest(bundle)):
+            say(f"using {path} with {len(trace.labels)} token positions")
+            return trace
+        record_decoder(bundle, request, path)
+        return load_trace(path)
     with Runner.open(bundle, request.backend, None, request.threads, request.precision) as runner:
         path = trace_path(bundle, runner.backend, runner.precision)
         if not request.data and path.is_file():
@@ -78,6 +86,9 @@ def record_bundle(
             f"trace: got split {_TEST!r} without an output; the trace beside a bundle is what it is calibrated on: "
             f"name another file with `-o`"
         )
+    if load_manifest(bundle).decoder:
+        path = output or trace_path(bundle, ONNXRUNTIME, precision_of(request))
+        return path, record_decoder(bundle, request, path)
     with Runner.open(bundle, request.backend, None, request.threads, request.precision) as runner:
         path = output or trace_path(bundle, runner.backend, runner.precision)
         return path, _record(bundle, runner, request, path, progress)

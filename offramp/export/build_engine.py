@@ -1,4 +1,4 @@
-"""TensorRT plans for the segments of a bundle, cached by key. Needs onnx and TensorRT, never torch.
+"""TensorRT plans for the segments and separate heads of a bundle, cached by key. Needs onnx and TensorRT, never torch.
 
 A plan is recorded in the manifest as soon as it is built, so an interrupted build goes on where it stopped.
 """
@@ -21,6 +21,8 @@ from onnx.external_data_helper import uses_external_data
 from offramp.bundle import (
     Dimension,
     FileRecord,
+    HeadSpec,
+    Manifest,
     PlanRecord,
     SegmentSpec,
     add_plan,
@@ -35,6 +37,7 @@ from offramp.export.profile import (
     Profile,
     Range,
     Shapes,
+    head_ranges,
     profile_from_ranges,
     ranges_from_shapes,
     segment_ranges,
@@ -70,9 +73,10 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class SegmentBuild:
-    """What was done, or would be, for one segment. What only a build tells is 0 before it."""
+    """What was done, or would be, for one segment or head. What only a build tells is 0 before it."""
 
-    segment: int
+    segment: int  # its place in Manifest.parts: heads come after the segments
+    name: str  # for people: "segment 1", or the name of a head
     action: str  # "build" or "reuse"
     key: str
     path: str  # of the plan, relative to the bundle
@@ -85,7 +89,7 @@ class SegmentBuild:
 
 @dataclass(frozen=True)
 class BuildReport:
-    """One `build_engines`: who built for whom, and what became of each segment."""
+    """One `build_engines`: who built for whom, and what became of each segment, then of each head."""
 
     backend: str
     version: str
@@ -105,23 +109,23 @@ class _Wanted:
 
 
 def build_engines(bundle: Path, options: BuildOptions, on_progress: OnSegment = ignore_progress) -> BuildReport:
-    """Build, or find already built, the plan of every segment of `bundle` and record it in the manifest.
+    """Build, or find already built, the plan of every segment and head of `bundle` and record it in the manifest.
 
     `on_progress` is called from the builder's threads. What can be known beforehand is checked for all
-    segments before the first build. Raises OptionError, BackendError, BundleError, StorageError, and
+    of them before the first build. Raises OptionError, BackendError, BundleError, StorageError, and
     BuildError when TensorRT refuses or Ctrl-C cancels; the plans finished by then are kept.
     """
     manifest = load_manifest(bundle)
     ranges = ranges_from_shapes(manifest, options.min_shapes, options.opt_shapes, options.max_shapes)
-    for segment in manifest.segments:
-        _check_precision(segment, options.precision, bundle)
+    for part in manifest.parts:
+        _check_precision(part, options.precision, bundle)
     backend = open_backend(options.builder)
     wanted = _Wanted(options, backend, ranges)
-    planned = [_planned_build(bundle, segment, wanted) for segment in manifest.segments]
+    planned = [_planned_build(bundle, manifest, place, wanted) for place in range(len(manifest.parts))]
     done = tuple(
         build
         if options.dry_run or build.action == "reuse"
-        else _build_segment(bundle, manifest.segments[build.segment], build, wanted, on_progress)
+        else _build_part(bundle, manifest.parts[build.segment], build, wanted, on_progress)
         for build in planned
     )
     return BuildReport(
@@ -129,46 +133,47 @@ def build_engines(bundle: Path, options: BuildOptions, on_progress: OnSegment = 
     )
 
 
-def _check_precision(segment: SegmentSpec, precision: str, bundle: Path) -> None:
-    if precision not in segment.graphs:
+def _called(part: SegmentSpec | HeadSpec) -> str:
+    return part.name if isinstance(part, HeadSpec) else f"segment {part.index}"
+
+
+def _check_precision(part: SegmentSpec | HeadSpec, precision: str, bundle: Path) -> None:
+    if precision not in part.graphs:
         raise OptionError(
-            f"--precision {precision}: segment {segment.index} of {bundle} has only "
-            f"{', '.join(segment.graphs)}; "
+            f"--precision {precision}: {_called(part)} of {bundle} has only {', '.join(part.graphs)}; "
             f"run `offramp export MODEL -o {bundle} --precision {precision}`"
         )
 
 
-def _planned_build(bundle: Path, segment: SegmentSpec, wanted: _Wanted) -> SegmentBuild:
-    """What is to be done for one segment: its profile, its key and whether the plan is there already."""
-    record = segment.graphs[wanted.options.precision]
+def _planned_build(bundle: Path, manifest: Manifest, place: int, wanted: _Wanted) -> SegmentBuild:
+    """What is to be done for one segment or head: its profile, its key and whether the plan is there already."""
+    part = manifest.parts[place]
+    record = part.graphs[wanted.options.precision]
     model = _load_graph(bundle, record)
-    profile = profile_from_ranges(_graph_inputs(model), segment_ranges(wanted.ranges, segment.index))
+    ranges = head_ranges(manifest, wanted.ranges) if isinstance(part, HeadSpec) else None
+    profile = profile_from_ranges(_graph_inputs(model), ranges or segment_ranges(wanted.ranges, place))
     key = _plan_key(record, profile, wanted)
+    folder = Path(record.path).parent.as_posix()
     build = SegmentBuild(
-        segment.index,
-        "build",
-        key,
-        f"segments/{segment.index:02d}/plans/{key}.plan",
-        profile,
-        _fp32_weight_bytes(model),
+        place, _called(part), "build", key, f"{folder}/plans/{key}.plan", profile, _fp32_weight_bytes(model)
     )
-    plan = next((plan for plan in segment.plans if plan.key == key), None)
+    plan = next((plan for plan in part.plans if plan.key == key), None)
     if plan is None or wanted.options.force or not _is_whole(bundle, plan):
         return build
     return replace(build, action="reuse", bytes=plan.file.bytes, fp16_share=plan.fp16_share, seconds=plan.seconds)
 
 
-def _build_segment(
-    bundle: Path, segment: SegmentSpec, build: SegmentBuild, wanted: _Wanted, on_progress: OnSegment
+def _build_part(
+    bundle: Path, part: SegmentSpec | HeadSpec, build: SegmentBuild, wanted: _Wanted, on_progress: OnSegment
 ) -> SegmentBuild:
     """Build one plan, store it and record it. Raises BuildError, StorageError."""
     precision, backend = wanted.options.precision, wanted.backend
-    graph = expand_attention(_load_graph(bundle, segment.graphs[precision])).SerializeToString()
-    report = functools.partial(on_progress, segment.index)
+    graph = expand_attention(_load_graph(bundle, part.graphs[precision])).SerializeToString()
+    report = functools.partial(on_progress, build.segment)
     try:
         built = plan_from_onnx(graph, build.profile, precision, backend, report)
     except BuildError as exc:
-        raise BuildError(f"segment {segment.index}: {exc}") from exc
+        raise BuildError(f"{build.name}: {exc}") from exc
     plan = PlanRecord(
         file=file_record(build.path, built.content),
         key=build.key,
@@ -180,7 +185,7 @@ def _build_segment(
         fp16_share=built.fp16_share,
         seconds=built.seconds,
     )
-    add_plan(bundle, segment.index, plan, built.content)
+    add_plan(bundle, build.segment, plan, built.content)
     return replace(build, bytes=plan.file.bytes, fp16_share=plan.fp16_share, seconds=plan.seconds)
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto
 
 from offramp.bundle import (
     HIDDEN,
     INVERSE_TEMPERATURE,
-    LEARNED,
     POLICY,
     ExitSpec,
     FileRecord,
@@ -27,7 +24,7 @@ from offramp.bundle import (
     file_record,
 )
 from offramp.errors import CutError, OptionError
-from offramp.export.chain import Arrays, Chain, open_session
+from offramp.export.chain import Chain, open_session
 from offramp.export.cut import CutModel, segments_from_graph
 from offramp.export.decoder_source import DecoderSource
 from offramp.export.export_bundle import (
@@ -42,10 +39,9 @@ from offramp.export.export_bundle import (
 from offramp.export.graph import weight_share
 from offramp.export.lower import fp16_from_segment
 from offramp.export.verify import Difference, Lowered, Parity, Tolerance
+from offramp.export.verify_decoder import DecoderParts, Given, run_head, verify_decoder
 from offramp.policy import Policy
 
-# Fusions on one side of a cut and products of other shapes add in another order; docs/tolerances.md.
-DECODER_TOLERANCE = Tolerance(1e-3, 1e-3)
 # FP16 rounds every value; residual streams of decoders have a few values a thousand times the others, so: by size.
 _FP16_RMS = Tolerance(float("inf"), 0, rms=2e-2)
 _STATE_AXIS = 2  # of keys and values (rows, heads, positions, width)
@@ -109,63 +105,33 @@ def _check_carries(cut: CutModel) -> None:
             )
 
 
-_Feeds = list[tuple[list[Arrays], list[NDArray[np.generic]]]]  # per segment: inputs, and hidden states for its head
+_Feeds = list[list[Given]]  # per segment, a piece per batch
 
 
 def _verify_fp32(parity: Parity, source: DecoderSource, chain: Chain, cut: CutModel) -> _Feeds:
     """Compare segments and heads with the whole graph on real inputs; returns what the segments were given."""
-    session = open_session(source.model.graph)
-    names = [value.name for value in source.model.graph.graph.output]
-    heads = {name: open_session(head) for name, head in cut.heads.items()}
-    feeds: _Feeds = [([], []) for _ in cut.segments]
-    for batch in source.model.calibration:
-        expected = dict(zip(names, session.run(names, batch), strict=True))
-        rows = np.arange(len(batch[source.decoder.past_length]))
-        for index, (feed, out) in enumerate(chain.run(batch, functools.partial(_everybody, rows))):
-            name = source.model.exits[index]
-            places = _active(source, batch, index)
-            hidden = out[HIDDEN][places]  # (P, d)
-            feeds[index][0].append(feed)
-            feeds[index][1].append(hidden)
-            said = _run_head(heads[name], hidden)
-            pairs = {f"hidden of exit {name}": (hidden, expected[source.roles.heads[name]][places])}
-            pairs[f"logits of exit {name}"] = said["logits"], expected[name][places]
-            if LEARNED in out:
-                pairs[f"gate of exit {name}"] = (
-                    out[LEARNED][places],
-                    expected[source.roles.row_outputs[name][LEARNED]][places],
-                )
-            pairs |= {
-                f"state {spec.name}": (out[spec.name], expected[spec.name]) for spec in cut.segments[index].states
-            }
-            for where, (got, wanted) in pairs.items():
-                parity.chain.update(got, wanted, DECODER_TOLERANCE, where)
-                parity.chain_bit_equal &= np.array_equal(got, wanted)
-    return feeds
+    parts = DecoderParts(
+        chain,
+        [open_session(cut.heads[name]) for name in source.model.exits],
+        _exit_specs(source, cut),
+        [[spec.name for spec in segment.states] for segment in cut.segments],
+        source.decoder,
+    )
+    whole = open_session(source.model.graph)
+    batches = [verify_decoder(parity, parts, whole, batch) for batch in source.model.calibration]
+    return [list(pieces) for pieces in zip(*batches, strict=True)]
 
 
-def _everybody(rows: NDArray[np.int64], _: int, __: Arrays) -> NDArray[np.int64]:
-    return rows
-
-
-def _active(source: DecoderSource, batch: Arrays, index: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Row and position of what is active in segment `index`: two arrays."""
-    rows, length = batch[source.decoder.input_ids].shape
-    active = batch[source.decoder.active[index - 1]] if index else np.tile(np.arange(length), (rows, 1))
-    return np.repeat(np.arange(rows), active.shape[1]), active.reshape(-1).astype(np.int64)
-
-
-def _run_head(session: object, hidden: NDArray[np.generic]) -> Arrays:
-    names = [output.name for output in session.get_outputs()]  # type: ignore[attr-defined]
-    feed = {HIDDEN: hidden, INVERSE_TEMPERATURE: np.array(1, np.float32)}
-    return dict(zip(names, session.run(names, feed), strict=True))  # type: ignore[attr-defined]
+def _exit_specs(source: DecoderSource, cut: CutModel) -> list[ExitSpec]:
+    return [ExitSpec(name, cut.num_classes, **source.roles.row_outputs.get(name, {})) for name in source.model.exits]
 
 
 def _lowered(cut: CutModel, chain: Chain, feeds: _Feeds, progress: Progress) -> tuple[_Graphs, Lowered]:
     """The FP16 graphs, each compared with FP32 on the same inputs."""
     found = Lowered([Difference() for _ in cut.segments])
     segments: list[ModelProto] = []
-    for segment, (given, _) in zip(cut.segments, feeds, strict=True):
+    for segment, pieces in zip(cut.segments, feeds, strict=True):
+        given = [piece.feed for piece in pieces]
         progress(f"lowering segment {segment.index} to FP16")
         segments.append(fp16_from_segment(segment.model, given))
         lowered = Chain.open(cut.segments[:1], segments[-1:])
@@ -176,7 +142,8 @@ def _lowered(cut: CutModel, chain: Chain, feeds: _Feeds, progress: Progress) -> 
     progress("lowering the heads to FP16")
     heads: dict[str, ModelProto] = {}
     done: dict[bytes, ModelProto] = {}
-    for (name, head), (_, hidden) in zip(cut.heads.items(), feeds, strict=True):
+    for (name, head), pieces in zip(cut.heads.items(), feeds, strict=True):
+        hidden = [piece.hidden for piece in pieces]
         key = head.SerializeToString(deterministic=True)
         if key not in done:
             given = [{HIDDEN: states, INVERSE_TEMPERATURE: np.array(1, np.float32)} for states in hidden]
@@ -184,7 +151,7 @@ def _lowered(cut: CutModel, chain: Chain, feeds: _Feeds, progress: Progress) -> 
         heads[name] = done[key]
         sessions = open_session(head), open_session(heads[name])
         for states in hidden:
-            wanted, got = (_run_head(session, states) for session in sessions)
+            wanted, got = (run_head(session, states) for session in sessions)
             found.chain.update(got["logits"], wanted["logits"], _FP16_RMS, f"logits of exit {name}")
             found.predictions_changed += int((got["prediction"] != wanted["prediction"]).sum())
     found.weight_share = [weight_share(model, TensorProto.FLOAT16) for model in segments]
@@ -215,15 +182,15 @@ def _contents(source: DecoderSource, cut: CutModel, graphs: Mapping[str, _Graphs
     )
     heads: dict[bytes, HeadSpec] = {}
     exits = []
-    for name in source.model.exits:
+    for spec in _exit_specs(source, cut):
+        name = spec.name
         key = cut.heads[name].SerializeToString(deterministic=True)
         if key not in heads:
             folder = f"heads/{len(heads):02d}"
             found = {kind: stored(graph_path(folder, kind), some.heads[name]) for kind, some in graphs.items()}
             width = cut.heads[name].graph.input[0].type.tensor_type.shape.dim[1].dim_value
             heads[key] = HeadSpec(f"head_{len(heads)}", width, found)
-        more = source.roles.row_outputs.get(name, {})
-        exits.append(ExitSpec(name, cut.num_classes, **more, head=heads[key].name))
+        exits.append(replace(spec, head=heads[key].name))
     text = None
     if source.tokenizer:
         contents["tokenizer.json"] = source.tokenizer

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 from offramp.bundle import PREVIOUS_ROWS, ROWS, Dimension, DimensionSpec, Manifest
 from offramp.errors import BundleError, OptionError
 
+# A head answers at most so many positions at once: logits of 1,024 over a vocabulary of 49,152 take 200 MB.
+_HEAD_POSITIONS = 1024
+
 Shapes = dict[str, tuple[int, ...]]
 Profile = dict[str, tuple[tuple[int, ...], ...]]  # input name -> (min, opt, max) shapes
 
@@ -74,6 +77,16 @@ def segment_ranges(ranges: Mapping[str, Range], index: int) -> dict[str, Range]:
     if index == 0:
         return dict(ranges)
     return {**ranges, ROWS: survivors, PREVIOUS_ROWS: rows if index == 1 else survivors}
+
+
+def head_ranges(manifest: Manifest, ranges: Mapping[str, Range]) -> dict[str, Range]:
+    """The ranges as a separate head sees them: positions of all rows, from one to as many as one call may bring.
+
+    To be fastest at is one position per row: what generation asks for.
+    """
+    rows = ranges.get(ROWS, Range(1, 1, 1))
+    chunk = ranges.get(manifest.decoder.chunk, Range(1, 1, 1)) if manifest.decoder else Range(1, 1, 1)
+    return {ROWS: Range(1, rows.opt, min(rows.max * chunk.max, max(_HEAD_POSITIONS, rows.max)))}
 
 
 def profile_from_ranges(inputs: Mapping[str, tuple[Dimension, ...]], ranges: Mapping[str, Range]) -> Profile:

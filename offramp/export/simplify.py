@@ -24,12 +24,12 @@ def simplify_graph(graph: GraphProto) -> None:
 
 
 def _skip_reshapes(graph: GraphProto) -> None:
-    """Let the readers of a Reshape that changes no shape read what it reads."""
+    """Let the readers of a Reshape or Expand that changes no shape read what it reads."""
     shapes, outputs = known_shapes(graph), {value.name for value in graph.output}
     same: dict[str, str] = {}
     for node in graph.node:
         node.input[:] = [same.get(name, name) for name in node.input]
-        if node.op_type == "Reshape" and node.output[0] not in outputs:
+        if node.op_type in ("Reshape", "Expand") and node.output[0] not in outputs:
             before = shapes.get(node.input[0])
             if before is not None and before == shapes.get(node.output[0]):
                 same[node.output[0]] = node.input[0]

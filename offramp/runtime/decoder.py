@@ -6,29 +6,43 @@ that wait at the exit. `advance` brings some of them through the next segment as
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle import HIDDEN, INVERSE_TEMPERATURE, LEARNED, ROWS, Manifest, read_file
+from offramp.bundle import HIDDEN, INVERSE_TEMPERATURE, LEARNED, ROWS, SCORES, ExitSpec, Manifest, read_file
 from offramp.errors import BackendError, BundleError, InputError, OptionError
 from offramp.runtime.engine import SegmentOutput
 from offramp.runtime.kv_cache import HiddenStore, KeyValueCache
 
 Feed = dict[str, NDArray[Any]]
+_USUAL_SLOTS = 8
 
 
 class Graph(Protocol):
-    """A graph that is ready to run: names to arrays, and back."""
+    """A graph that is ready to run on arrays that stay where they are; see OnnxRuntimeGraph.bound."""
 
-    def run(self, outputs: Sequence[str], feed: Feed) -> list[NDArray[Any]]: ...
+    def bound(self, inputs: Feed, outputs: Feed) -> Callable[[], None]: ...
+
+
+class _Bound(NamedTuple):
+    """A call of a graph with the arrays that it reads and writes, and for which shapes and memory it is."""
+
+    key: object
+    call: Callable[[], None]
+    inputs: Feed  # to be filled before each call
+    outputs: Feed
+    made: list[NDArray[Any]]  # states, as the cache takes them
 
 
 class Chunk(NamedTuple):
-    """What an exit says about the T positions of a chunk; of row r the first `counts[r]` mean something."""
+    """What an exit says about the T positions of a chunk; of row r the first `counts[r]` mean something.
+
+    The arrays are those of the segment, whose next call writes over them.
+    """
 
     hidden: NDArray[np.float32]  # (S, T, d): for the exit's head
     learned: NDArray[np.float32] | None  # (S, T) in [0, 1]
@@ -50,7 +64,10 @@ class Decoder:
         self.spec, self.manifest, self.slots = spec, manifest, slots
         self.max_chunk = manifest.dimensions[spec.chunk].max
         self._segments, self._heads = list(segments), heads
-        self._outputs = [_output_names(manifest, index) for index in range(len(segments))]
+        self._carried = [part.carry_out[0].name for part in manifest.segments[:-1]]
+        self._chunked = [spec.input_ids, *(part.carry_in[0].name for part in manifest.segments[1:])]  # (rows, chunk, …)
+        self._bound: list[_Bound | None] = [None] * len(segments)
+        self._bound_heads: dict[str, _Bound] = {}
         self._caches = [KeyValueCache(part.states, slots, spec.max_positions) for part in manifest.segments]
         width = [int(part.carry_out[0].shape[2]) for part in manifest.segments[:-1]]
         self._waiting = [HiddenStore(size, slots, spec.max_positions) for size in width]
@@ -62,9 +79,8 @@ class Decoder:
         return self._caches[index].lengths
 
     def cached(self, index: int, slot: int) -> dict[str, NDArray[Any]]:
-        """Keys and values that segment `index` has of a slot, (heads, positions, width) by the name of the input."""
-        past = self._caches[index].past(slot, slot + 1)
-        return {name: array[0, :, : self.filled(index)[slot]] for name, array in past.items()}
+        """States that segment `index` has of a slot, (heads, positions, width) by the name of the input."""
+        return self._caches[index].cached(slot)
 
     def clear(self, slot: int, length: int = 0) -> None:
         """Forget all positions of a slot from `length` on, in all segments."""
@@ -102,10 +118,9 @@ class Decoder:
             places = _padded(active or (), counts, chunk)
             assert places is not None
         starts = self.filled(index)[low : low + len(counts)].tolist()
-        before = self.manifest.segments[index].carry_in[0].name
         feed: Feed = {
             ROWS: self._rows[: len(counts)],
-            before: self._waiting[index - 1].read(low, starts, counts, chunk),
+            self._chunked[index]: self._waiting[index - 1].read(low, starts, counts, chunk),
             self.spec.active[index - 1]: places,
         }
         return self._run(index, low, feed, counts)
@@ -113,35 +128,79 @@ class Decoder:
     def answer(
         self, exit_index: int, hidden: NDArray[np.float32], learned: NDArray[np.float32] | None, inverse: np.float32
     ) -> SegmentOutput:
-        """What the head of an exit says about states (P, d)."""
-        head = self._heads[self.manifest.exits[exit_index].head]
-        feed = {HIDDEN: hidden, INVERSE_TEMPERATURE: np.asarray(inverse)}
-        logits, prediction, scores = head.run(("logits", "prediction", "scores"), feed)
-        return SegmentOutput(None, logits, prediction, scores, learned)
+        """What the head of an exit says about states (P, d). The next call writes over the logits."""
+        spec = self.manifest.exits[exit_index]
+        bound = self._bound_heads.get(spec.head)
+        if bound is None or bound.key != len(hidden):
+            bound = self._bound_heads[spec.head] = self._bind_head(spec, hidden.shape)
+        bound.inputs[HIDDEN][...] = hidden
+        bound.inputs[INVERSE_TEMPERATURE][...] = inverse
+        bound.call()
+        out = bound.outputs
+        return SegmentOutput(None, out["logits"], out["prediction"].copy(), out["scores"].copy(), learned)
 
     def close(self) -> None:
         """Let go of everything."""
         self._segments.clear()
         self._heads.clear()
+        self._bound.clear()
+        self._bound_heads.clear()
 
     def _run(self, index: int, low: int, feed: Feed, counts: list[int]) -> Chunk:
+        if index >= len(self._segments):
+            raise BackendError("running a decoder: it was closed; open the bundle again")
         cache, high = self._caches[index], low + len(counts)
         starts = cache.lengths[low:high]
         feed[self.spec.past_length] = starts
-        feed.update(cache.past(low, high))
-        if index >= len(self._segments):
-            raise BackendError("running a decoder: it was closed; open the bundle again")
-        values = self._segments[index].run(self._outputs[index], feed)
-        learned = values.pop() if self.manifest.exits[index].learned else None
-        hidden = values.pop()
+        cache.reserve(high, 1)
+        active = feed[self.spec.active[index - 1]].shape[1] if index else 0
+        key = low, cache.version, len(counts), active, feed[self._chunked[index]].shape[1]
+        bound = self._bound[index]
+        if bound is None or bound.key != key:
+            bound = self._bound[index] = self._bind(index, low, feed, key)
+        for name, array in feed.items():
+            bound.inputs[name][...] = array
+        bound.call()
+        out = bound.outputs
         if index < len(self._waiting):
-            self._waiting[index].write(low, starts.tolist(), values.pop(0), counts)
-        cache.append(low, values, counts)
-        return Chunk(hidden, learned, counts)
+            self._waiting[index].write(low, starts.tolist(), out[self._carried[index]], counts)
+        cache.append(low, bound.made, counts)
+        return Chunk(out[HIDDEN], out.get(LEARNED), counts)
+
+    def _bind(self, index: int, low: int, feed: Feed, key: object) -> _Bound:
+        """A call of segment `index` on inputs of these shapes."""
+        self._bound[index] = None  # its memory first
+        part, cache = self.manifest.segments[index], self._caches[index]
+        chunk = feed[self._chunked[index]].shape[1]
+        rows = len(feed[self.spec.past_length])
+        made, outputs = cache.room(rows, chunk)
+        for spec in part.carry_out:
+            outputs[spec.name] = np.empty((rows, chunk, int(spec.shape[2])), spec.dtype)
+        width = next(head.width for head in self.manifest.heads if head.name == self.manifest.exits[index].head)
+        outputs[HIDDEN] = np.empty((rows, chunk, width), np.float32)
+        if self.manifest.exits[index].learned:
+            outputs[LEARNED] = np.empty((rows, chunk), np.float32)
+        inputs = {name: np.empty(array.shape, array.dtype) for name, array in feed.items()}
+        call = self._segments[index].bound(inputs | cache.past(low, low + rows), outputs)
+        return _Bound(key, call, inputs, outputs, made)
+
+    def _bind_head(self, spec: ExitSpec, shape: tuple[int, ...]) -> _Bound:
+        """A call of the head of an exit on states of this shape (P, d)."""
+        self._bound_heads.pop(spec.head, None)
+        inputs = {HIDDEN: np.empty(shape, np.float32), INVERSE_TEMPERATURE: np.empty((), np.float32)}
+        outputs: Feed = {
+            "logits": np.empty((shape[0], spec.num_classes), np.float32),
+            "prediction": np.empty(shape[0], np.int64),
+            "scores": np.empty((shape[0], len(SCORES)), np.float32),
+        }
+        return _Bound(shape[0], self._heads[spec.head].bound(inputs, outputs), inputs, outputs, [])
 
 
 def open_decoder(bundle: Path, manifest: Manifest, precision: str, threads: int, slots: int) -> Decoder:
-    """The decoder of `bundle` on ONNX Runtime. Raises OptionError, BundleError, BackendError."""
+    """The decoder of `bundle` on ONNX Runtime; 0 slots: 8, or what the bundle takes if that is less.
+
+    Raises OptionError, BundleError, BackendError.
+    """
     from offramp.runtime.onnxruntime_engine import OnnxRuntimeGraph, open_session
 
     opened: dict[str, OnnxRuntimeGraph] = {}
@@ -158,14 +217,8 @@ def open_decoder(bundle: Path, manifest: Manifest, precision: str, threads: int,
             open_session(read_file(bundle, record), threads, str(bundle / record.path)), name
         )
     segments = [opened[f"segment {part.index}"] for part in manifest.segments]
-    return Decoder(manifest, segments, {head.name: opened[head.name] for head in manifest.heads}, slots)
-
-
-def _output_names(manifest: Manifest, index: int) -> list[str]:
-    """Carry, states, hidden, learned: in this order."""
-    part = manifest.segments[index]
-    names = [spec.name for spec in part.carry_out] + [state.tensor.name for state in part.states] + [HIDDEN]
-    return [*names, LEARNED] if manifest.exits[index].learned else names
+    heads: dict[str, Graph] = {head.name: opened[head.name] for head in manifest.heads}
+    return Decoder(manifest, segments, heads, slots or min(_USUAL_SLOTS, manifest.dimensions[ROWS].max))
 
 
 def _padded(active: Sequence[Sequence[int]], counts: Sequence[int], chunk: int) -> NDArray[np.int64] | None:

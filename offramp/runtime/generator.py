@@ -18,15 +18,14 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle import ROWS, Manifest, load_manifest, read_file, read_policy
+from offramp.bundle import Manifest, load_manifest, read_file, read_policy
 from offramp.errors import InputError, OptionError
 from offramp.policy import Policy
 from offramp.runtime.decoder import Decoder, open_decoder
 from offramp.runtime.sampling import Sampling, sampled
 from offramp.runtime.stepping import Decided, Stepper
-from offramp.runtime.text import Detokenizer
+from offramp.runtime.text import Detokenizer, checked_tokens
 
-_USUAL_BATCH = 8
 MODES = ("deferred", "copy", "lossless")
 
 
@@ -34,8 +33,8 @@ MODES = ("deferred", "copy", "lossless")
 class GenerateOptions:
     """How texts are continued. Raises OptionError.
 
-    `stop_tokens` end a text and are not part of it, beside those of the bundle. `draft` is how many tokens are proposed
-    before they are verified (lossless mode).
+    `stop_tokens` end a text and are not part of it, beside those of the bundle. `draft` is how many tokens are read
+    before they are verified (lossless mode): one less is proposed, for full depth says what follows the last one.
     """
 
     max_new_tokens: int = 128
@@ -112,8 +111,7 @@ class Generator:
         manifest: Manifest = load_manifest(path)
         chosen = Policy.from_json(read_policy(path, manifest)) if policy is None else policy
         tokenizer = read_file(path, manifest.text.tokenizer) if manifest.text else b""
-        slots = max_batch or min(_USUAL_BATCH, manifest.dimensions[ROWS].max)
-        return cls(open_decoder(path, manifest, precision, threads, slots), chosen, tokenizer)
+        return cls(open_decoder(path, manifest, precision, threads, max_batch), chosen, tokenizer)
 
     @property
     def policy(self) -> Policy:
@@ -148,6 +146,12 @@ class Generator:
         for tokens in self._steps(prompts, options, [Completion() for _ in prompts]):
             yield from tokens
 
+    def encode(self, text: str) -> list[int]:
+        """The token ids of a text. Raises InputError when the bundle has no tokenizer."""
+        if self._text is None:
+            raise InputError(f"bundle {self.manifest.name!r} has no tokenizer: pass and take token ids")
+        return self._text.encode(text)
+
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids. Raises InputError when the bundle has no tokenizer."""
         if self._text is None:
@@ -170,7 +174,7 @@ class Generator:
         self, prompts: Sequence[Any], options: GenerateOptions, completions: list[Completion]
     ) -> Iterator[list[Token]]:
         """Admit prompts while there are slots, let all live sequences take a step, retire those that are over."""
-        waiting = self._checked(prompts)
+        waiting = checked_tokens(prompts, self._text, self.manifest)
         live: list[_Sequence] = []
         stop = {*options.stop_tokens, *self.decoder.spec.stop_tokens}
 
@@ -194,23 +198,6 @@ class Generator:
                 found = stepper.step(0, [sequence.last for sequence in live], room)
                 yield [token for s, new in zip(live, found, strict=True) for token in self._taken(s, new, stop)]
                 self._retire(live)
-
-    def _checked(self, prompts: Sequence[Any]) -> list[list[int]]:
-        """Token ids of all prompts. Raises InputError."""
-        if isinstance(prompts, str):
-            raise InputError("prompts: got one str, expected a list of them; pass `[prompt]`")
-        vocabulary, most = self.manifest.exits[0].num_classes, self.decoder.spec.max_positions
-        found = []
-        for number, prompt in enumerate(prompts):
-            if isinstance(prompt, str) and self._text is None:
-                raise InputError(f"bundle {self.manifest.name!r} has no tokenizer: pass token ids")
-            tokens = self._text.encode(prompt) if isinstance(prompt, str) and self._text else [int(t) for t in prompt]
-            if not 1 <= len(tokens) <= most or not all(0 <= token < vocabulary for token in tokens):
-                raise InputError(
-                    f"prompt {number}: got {len(tokens)} tokens, expected 1 to {most}, each from 0 to {vocabulary - 1}"
-                )
-            found.append(tokens)
-        return found
 
     @staticmethod
     def _taken(sequence: _Sequence, decided: Iterable[Decided], stop: set[int]) -> list[Token]:

@@ -1,7 +1,7 @@
-"""Memory of a decoder's past: keys and values per segment, hidden states per exit, one slot per sequence.
+"""Memory of a decoder: states of its layers (keys and values) per segment, hidden states per exit, a slot per sequence.
 
-Everything is allocated in steps and written in place: a token costs the copy of its own keys and values, never that of
-the past. A run of neighbouring slots is one view, so ONNX Runtime reads the past where it lies.
+Everything is allocated in steps and written in place: a token costs the copy of its own states, never that of the
+past. A run of neighbouring slots is one view, so ONNX Runtime reads the past where it lies.
 """
 
 from __future__ import annotations
@@ -26,54 +26,114 @@ def grown(capacity: int, needed: int, most: int) -> int:
     return max(needed, min(-(-wanted // _STEP) * _STEP, most))
 
 
+class _Slab:
+    """The memory of states that are alike but for their names: (states, slots, …), positions along `axis`."""
+
+    def __init__(self, states: Sequence[StateSpec]) -> None:
+        first = states[0]
+        self.names = [(state.past, state.tensor.name) for state in states]
+        self.axis = first.axis + 1
+        self._sizes = [0 if isinstance(size, str) else size for size in first.tensor.shape]
+        self.array = np.zeros(self._shape(0, 0), first.tensor.dtype)
+
+    def _shape(self, slots: int, positions: int) -> list[int]:
+        sizes = [len(self.names), slots, *self._sizes[1:]]
+        sizes[self.axis] = positions
+        return sizes
+
+    def span(self, slots: slice | int, positions: slice) -> Any:
+        """What selects these slots and positions."""
+        return (slice(None), slots, *[slice(None)] * (self.axis - 2), positions)
+
+    def resize(self, slots: int, positions: int) -> None:
+        before = self.array
+        self.array = np.zeros(self._shape(slots, positions), before.dtype)
+        self.array[self.span(slice(before.shape[1]), slice(before.shape[self.axis]))] = before
+
+    def room(self, rows: int, chunk: int) -> NDArray[Any]:
+        """An array for what a call makes: (states, rows, …), `chunk` positions."""
+        return np.empty(self._shape(rows, chunk), self.array.dtype)
+
+
 class KeyValueCache:
-    """Keys and values of one segment's layers for `slots` sequences; `lengths` (slots,) says how many positions."""
+    """The states of one segment's layers for `slots` sequences; `lengths` (slots,) says how many positions.
+
+    `version` changes when the memory of the past moves: who keeps views of it takes new ones then.
+    """
 
     def __init__(self, states: Sequence[StateSpec], slots: int, max_positions: int) -> None:
-        """`states` are alike but for their names: (rows, heads, positions, width) each."""
-        _, heads, _, width = states[0].tensor.shape
-        self._past = [state.past for state in states]
-        self._most = max_positions
-        self._slots = slots
-        self._slab = np.zeros((len(states), 0, int(heads), 0, int(width)), states[0].tensor.dtype)
+        """`states` (rows, …) have their positions along their axis, and one slab per shape."""
+        self._most, self._slots = max_positions, slots
+        alike: dict[Any, list[StateSpec]] = {}
+        for state in states:
+            alike.setdefault((state.tensor.shape, state.tensor.dtype, state.axis), []).append(state)
+        self._slabs = [_Slab(group) for group in alike.values()]
+        self._have = self._capacity = 0  # slots and positions that are allocated
+        self.version = 0
         self.lengths = np.zeros(slots, np.int64)
 
     def past(self, low: int, high: int) -> dict[str, NDArray[Any]]:
-        """The past of slots `low` to `high`, as the segment is given it: views (slots, heads, capacity, width)."""
-        self._reserve(high, 1)  # an operator on no positions at all is a case that nobody tests
-        return {name: slab[low:high] for name, slab in zip(self._past, self._slab, strict=True)}
+        """The past of slots `low` to `high`, as the segment is given it: views (slots, …), capacity positions."""
+        self.reserve(high, 1)  # an operator on no positions at all is a case that nobody tests
+        views: dict[str, NDArray[Any]] = {}
+        for slab in self._slabs:
+            views |= {past: state[low:high] for (past, _), state in zip(slab.names, slab.array, strict=True)}
+        return views
+
+    def cached(self, slot: int) -> dict[str, NDArray[Any]]:
+        """What is there of one slot, (…) by the name of the input: as many positions as its length."""
+        found: dict[str, NDArray[Any]] = {}
+        for slab in self._slabs:
+            kept = slab.array[slab.span(slot, slice(int(self.lengths[slot])))]
+            found |= {past: state for (past, _), state in zip(slab.names, kept, strict=True)}
+        return found
+
+    def room(self, rows: int, chunk: int) -> tuple[list[NDArray[Any]], dict[str, NDArray[Any]]]:
+        """Arrays for what a call makes, as `append` takes them, and their views by the names of the outputs."""
+        made = [slab.room(rows, chunk) for slab in self._slabs]
+        views: dict[str, NDArray[Any]] = {}
+        for slab, array in zip(self._slabs, made, strict=True):
+            views |= {name: state for (_, name), state in zip(slab.names, array, strict=True)}
+        return made, views
 
     def append(self, low: int, made: Sequence[NDArray[Any]], counts: Sequence[int]) -> None:
-        """Add the first `counts[row]` positions of `made`, (rows, heads, chunk, width) each, to slots from `low`."""
-        starts = self.lengths[low : low + len(counts)].tolist()
-        ends = [start + count for start, count in zip(starts, counts, strict=True)]
-        self._reserve(low + len(counts), max(ends))
-        start, chunk = starts[0], made[0].shape[2]
-        if all(place == start and count == chunk for place, count in zip(starts, counts, strict=True)):
-            for slab, new in zip(self._slab, made, strict=True):  # half the time of what follows, for one row
-                slab[low : low + len(counts), :, start : start + chunk] = new
-            self.lengths[low : low + len(counts)] = start + chunk
+        """Add the first `counts[row]` positions of `made`, one array per slab, to slots from `low`."""
+        high, chunk = low + len(counts), max(counts)
+        starts = self.lengths[low:high].tolist()
+        start = starts[0]
+        is_even = len(counts) == 1 or (min(counts) == chunk and max(starts) == min(starts))
+        self.reserve(high, start + chunk if is_even else max(map(int.__add__, starts, counts)))
+        if is_even:
+            for slab, new in zip(self._slabs, made, strict=True):
+                slab.array[slab.span(slice(low, high), slice(start, start + chunk))] = (
+                    new if new.shape[slab.axis] == chunk else new[slab.span(slice(None), slice(chunk))]
+                )
+            self.lengths[low:high] = start + chunk
             return
-        together = np.stack(made)  # (states, rows, heads, chunk, width)
         for row, (start, count) in enumerate(zip(starts, counts, strict=True)):
-            self._slab[:, low + row, :, start : start + count] = together[:, row, :, :count]
+            for slab, new in zip(self._slabs, made, strict=True):
+                span = slab.span(low + row, slice(start, start + count))
+                slab.array[span] = new[slab.span(row, slice(count))]
             self.lengths[low + row] = start + count
 
     def move(self, source: int, target: int) -> None:
         """Put the sequence of slot `source` into slot `target`."""
-        length = self.lengths[source]
-        self._reserve(max(source, target) + 1, int(length))
-        self._slab[:, target, :, :length] = self._slab[:, source, :, :length]
+        length = int(self.lengths[source])
+        self.reserve(max(source, target) + 1, length)
+        for slab in self._slabs:
+            slab.array[slab.span(target, slice(length))] = slab.array[slab.span(source, slice(length))]
         self.lengths[target] = length
 
-    def _reserve(self, slots: int, positions: int) -> None:
+    def reserve(self, slots: int, positions: int) -> None:
         """Have room for so many slots, of which as many are allocated as were ever in use, and positions."""
-        states, have, heads, capacity, width = self._slab.shape
-        if slots > have or positions > capacity:
-            more = have if slots <= have else min(max(slots, 2 * have), self._slots)
-            slab = np.zeros((states, more, heads, grown(capacity, positions, self._most), width), self._slab.dtype)
-            slab[:, :have, :, :capacity] = self._slab
-            self._slab = slab
+        if slots <= self._have and positions <= self._capacity:
+            return
+        if slots > self._have:
+            self._have = min(max(slots, 2 * self._have), self._slots)
+        self._capacity = grown(self._capacity, positions, self._most)
+        self.version += 1
+        for slab in self._slabs:
+            slab.resize(self._have, self._capacity)
 
 
 class HiddenStore:
@@ -85,15 +145,14 @@ class HiddenStore:
 
     def write(self, low: int, starts: Sequence[int], hidden: NDArray[Any], counts: Sequence[int]) -> None:
         """Put the first `counts[row]` states of `hidden` (rows, chunk, width) at `starts[row]` of slots from `low`."""
-        ends = [start + count for start, count in zip(starts, counts, strict=True)]
-        capacity = self._slab.shape[1]
-        if max(ends) > capacity:
-            slots, _, width = self._slab.shape
-            slab = np.zeros((slots, grown(capacity, max(ends), self._most), width), np.float32)
+        needed = starts[0] + counts[0] if len(counts) == 1 else max(map(int.__add__, starts, counts))
+        slots, capacity, width = self._slab.shape
+        if needed > capacity:
+            slab = np.zeros((slots, grown(capacity, needed, self._most), width), np.float32)
             slab[:, :capacity] = self._slab
             self._slab = slab
-        for row, (start, end) in enumerate(zip(starts, ends, strict=True)):
-            self._slab[low + row, start:end] = hidden[row, : end - start]
+        for row, start in enumerate(starts):
+            self._slab[low + row, start : start + counts[row]] = hidden[row, : counts[row]]
 
     def read(self, low: int, starts: Sequence[int], counts: Sequence[int], chunk: int) -> NDArray[np.float32]:
         """The states from `starts[row]` on, `counts[row]` of them, padded to (rows, chunk, width)."""

@@ -78,6 +78,25 @@ class Detokenizer:
         return text
 
 
+def checked_tokens(texts: Sequence[Any], text: Detokenizer | None, manifest: Manifest) -> list[list[int]]:
+    """Token ids of texts for a decoder, strings or token ids already. Raises InputError."""
+    if isinstance(texts, str):
+        raise InputError("prompts: got one str, expected a list of them; pass `[prompt]`")
+    assert manifest.decoder is not None, "a decoder"
+    vocabulary, most = manifest.exits[0].num_classes, manifest.decoder.max_positions
+    found = []
+    for number, given in enumerate(texts):
+        if isinstance(given, str) and text is None:
+            raise InputError(f"bundle {manifest.name!r} has no tokenizer: pass token ids")
+        tokens = text.encode(given) if isinstance(given, str) and text else [int(token) for token in given]
+        if not 1 <= len(tokens) <= most or not all(0 <= token < vocabulary for token in tokens):
+            raise InputError(
+                f"prompt {number}: got {len(tokens)} tokens, expected 1 to {most}, each from 0 to {vocabulary - 1}"
+            )
+        found.append(tokens)
+    return found
+
+
 def _parsed(content: bytes, path: str) -> Any:
     """The tokenizer in `content`, the file `path` of the bundle. Raises BackendError, BundleError."""
     try:

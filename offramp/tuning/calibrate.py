@@ -166,8 +166,12 @@ def _errors(trace: Trace, reference: Reference) -> tuple[NDArray[np.int64], NDAr
 def scaled_temperatures(trace: Trace, ece_limit: float = ECE_LIMIT) -> tuple[float, ...]:
     """The temperature of every exit, the final one included, fitted where its calibration error is above the limit.
 
+    A trace without logits keeps its own.
+
     Raises DataError when no row has a label.
     """
+    if not trace.has_logits:
+        return tuple(trace.temperatures.tolist())
     temperatures = []
     for k in range(trace.num_exits):
         error = _calibration_error(trace, k, 1.0)
@@ -182,7 +186,9 @@ def _calibration_error(trace: Trace, exit_index: int, temperature: float) -> flo
     known = trace.labels != UNKNOWN
     if not known.any():
         return None
-    scores = scores_from_logits(trace.logits[known, exit_index], 1 / temperature)
+    scores = trace.scores[known, exit_index]
+    if trace.has_logits:
+        scores = scores_from_logits(trace.logits[known, exit_index], 1 / temperature)
     correct = trace.predictions[known, exit_index] == trace.labels[known]
     return expected_calibration_error(scores[:, SCORES.index("max_prob")], correct)
 

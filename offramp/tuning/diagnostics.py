@@ -106,6 +106,8 @@ def diagnose(trace: Trace, ece_limit: float = ECE_LIMIT) -> Diagnostics:
     """Measure everything on `trace`. Raises DataError when it has no rows, or only one with a label."""
     if not len(trace.labels):
         raise DataError("diagnosing: got a trace of 0 rows, expected some; record it again with `offramp trace`")
+    if not trace.has_logits:
+        raise DataError("diagnosing: got a trace without logits, as those of decoders are; `offramp score` has figures")
     known = trace.known
     counts = len(trace.labels), int(known.sum())
     if trace.is_regression:

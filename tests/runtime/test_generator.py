@@ -26,8 +26,8 @@ GATED = Policy.thresholds("learned", GATES)
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return decoders.export_to(tmp_path_factory.mktemp("decoder"))
+def bundle(decoder_bundle: Path) -> Path:
+    return decoder_bundle
 
 
 def generated(bundle: Path, policy: Policy, prompts=decoders.PROMPTS, max_batch: int = 1, **options):
@@ -206,7 +206,7 @@ def test_the_cache_is_a_list_of_positions_per_slot(appended: list[tuple[int, lis
                 number += 1
                 made[row, :, at] = number
                 lists[low + row].append(number)
-        cache.append(low, [made], counts)
+        cache.append(low, [made[None]], counts)
     cache.move(1, 3)
     lists[3] = list(lists[1])
     for slot, wanted in enumerate(lists):
@@ -214,6 +214,32 @@ def test_the_cache_is_a_list_of_positions_per_slot(appended: list[tuple[int, lis
         assert cache.lengths[slot] == len(wanted)
         assert (got[:, : len(wanted)] == np.array(wanted).reshape(1, -1, 1)).all()
     assert cache.past(1, 4)["past"].flags.c_contiguous
+
+
+def test_states_of_different_shapes_are_kept_each_along_its_axis() -> None:
+    """Keys beside what a recurrent layer remembers, positions on another axis."""
+    specs = [
+        StateSpec(TensorSpec("key", "float32", ("rows", 2, "chunk", 3)), "past_key", 2),
+        StateSpec(TensorSpec("memory", "float64", ("rows", "chunk", 5)), "past_memory", 1),
+        StateSpec(TensorSpec("value", "float32", ("rows", 2, "chunk", 3)), "past_value", 2),
+    ]
+    cache = KeyValueCache(specs, 2, 200)
+    random, kept = np.random.default_rng(3), {spec.past: [] for spec in specs}
+    for count in (1, 70, 2):
+        made, views = cache.room(2, count)
+        for spec in specs:
+            views[spec.tensor.name][...] = random.normal(size=views[spec.tensor.name].shape)
+            kept[spec.past].append(views[spec.tensor.name][1].copy())
+        cache.append(0, made, [count, count])
+    for spec in specs:
+        wanted = np.concatenate(kept[spec.past], spec.axis - 1)
+        np.testing.assert_array_equal(cache.cached(1)[spec.past], wanted)
+        past = cache.past(1, 2)[spec.past]
+        assert past.dtype == spec.tensor.dtype
+        assert past.flags.c_contiguous
+        np.testing.assert_array_equal(
+            np.moveaxis(past[0], spec.axis - 1, 0)[:73], np.moveaxis(wanted, spec.axis - 1, 0)
+        )
 
 
 @given(st.integers(1, 5000))
