@@ -11,7 +11,8 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from offramp.export.decoder_source import DecoderLimits, DecoderSource, source_from_decoder
-from offramp.models.decoder import EarlyExitDecoder
+from offramp.models.decoder import DecoderConfig, EarlyExitDecoder
+from offramp.models.language_model import fresh_language_model
 from offramp.models.llama import decoder_from_llama
 
 VOCABULARY, LAYERS, POSITIONS, CHUNK, ROWS = 211, 3, 96, 24, 6
@@ -46,6 +47,21 @@ def decoder() -> EarlyExitDecoder:
     with torch.random.fork_rng():
         torch.manual_seed(6)
         return decoder_from_llama(llama(), EXITS, gated=True)
+
+
+@cache
+def resolvent_decoder() -> EarlyExitDecoder:
+    """One of ResNet-BK blocks with the same exits and gates; its weights make the past matter."""
+    config = DecoderConfig(
+        VOCABULARY, 32, LAYERS, 1, 1, 16, EXITS, POSITIONS, gated=True, block="resnet-bk", num_experts=3
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(7)
+        model = fresh_language_model(config).decoder
+        for name, weight in model.named_parameters():
+            if "norm" not in name and "bias" not in name:
+                torch.nn.init.normal_(weight, std=0.5)
+    return model
 
 
 @cache

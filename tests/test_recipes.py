@@ -17,6 +17,7 @@ from offramp.commands.training import TrainRequest, requested_recipe
 from offramp.errors import DataError, OptionError
 from offramp.models.branchynet import BranchyNetConfig
 from offramp.models.checkpoint import Checkpoint, save_checkpoint
+from offramp.models.corpora import CORPORA
 from offramp.models.datasets import TEXTS
 from offramp.models.images import IMAGES
 from offramp.models.kinds import KINDS
@@ -24,7 +25,16 @@ from offramp.models.options import options_from_dict
 from offramp.models.plan import Plan, Stage
 from tests.models.tiny_encoder import tiny_bert, tiny_tokenizer
 
-FAMILIES = ("branchynet-", "cascade-", "eat-", "efficientnet-", "patience-", "regression-")
+FAMILIES = (
+    "branchynet-",
+    "cascade-",
+    "confidence-routed-lm-",
+    "early-exit-lm-",
+    "eat-",
+    "efficientnet-",
+    "patience-",
+    "regression-",
+)
 
 
 def run(*arguments: object) -> tuple[int, str]:
@@ -36,7 +46,7 @@ def run(*arguments: object) -> tuple[int, str]:
 def test_each_recipe_names_what_there_is(name: str) -> None:
     recipe = load_recipe(name, {})
     assert recipe.summary
-    assert recipe.data.name in {*TEXTS, *IMAGES}
+    assert recipe.data.name in {*TEXTS, *IMAGES, *CORPORA}
     kind = KINDS[recipe.model["kind"]]
     options = {key: value for key, value in recipe.model.items() if key not in ("kind", "weights")}
     config = options_from_dict(kind.config, options, name)

@@ -51,7 +51,7 @@ def export(model: str, output: Path, exits: str, precision: str, as_json: bool, 
     an .onnx pass --learned and --retention.
     """
     from offramp.bundle import ROW_OUTPUTS
-    from offramp.commands.decoders import export_llama, is_decoder
+    from offramp.commands.decoders import export_language_model, export_llama, is_decoder, is_language_model
     from offramp.commands.sources import source_from_argument
     from offramp.export.export_bundle import ExportOptions, check_target, export_bundle
 
@@ -61,6 +61,10 @@ def export(model: str, output: Path, exits: str, precision: str, as_json: bool, 
     if is_decoder(Path(model)):
         layers = whole_numbers_from_text(options["layers"], "--layers") if options["layers"] else ()
         manifest = export_llama(Path(model), output, layers, lowering, steps)
+        _print_exported(output, manifest.parity["rows"], as_json)
+        return
+    if is_language_model(Path(model)):
+        manifest = export_language_model(Path(model), output, lowering, steps)
         _print_exported(output, manifest.parity["rows"], as_json)
         return
     steps("capturing")

@@ -1,4 +1,4 @@
-"""export and generate for decoders: from a Llama-like model to a bundle, from a prompt to text."""
+"""export and generate for decoders: from a Llama-like model, or one that was trained here, to a bundle."""
 
 from __future__ import annotations
 
@@ -64,6 +64,52 @@ def export_llama(
         source,
         decoder=replace(source.decoder, stop_tokens=tuple(sorted(stop))),
         tokenizer=tokenizer.backend_tokenizer.to_str().encode(),
+    )
+    return export_decoder(source, output, options, progress)
+
+
+def is_language_model(path: Path) -> bool:
+    """Is this a checkpoint of `offramp train` with a language model?"""
+    from offramp.models.checkpoint import is_checkpoint, load_config
+    from offramp.models.kinds import KINDS
+
+    kind = KINDS.get(load_config(path).get("kind", "")) if path.is_dir() and is_checkpoint(path) else None
+    return kind is not None and kind.is_language_model
+
+
+def export_language_model(
+    path: Path, output: Path, options: ExportOptions, progress: Progress, texts: Sequence[str] = ()
+) -> Manifest:
+    """Export the checkpoint at `path`; verified on `texts`, or on those that training left beside it.
+
+    Raises as `export_llama`.
+    """
+    from dataclasses import replace
+
+    from tokenizers import Tokenizer
+
+    from offramp.commands.sources import calibration_texts
+    from offramp.export.decoder_source import DecoderLimits, source_from_decoder
+    from offramp.export.export_decoder import check_lowerings, export_decoder
+    from offramp.models.checkpoint import load_checkpoint
+    from offramp.models.corpora import END_OF_TEXT
+    from offramp.models.language_model import LanguageModel
+
+    check_lowerings(options)
+    progress("loading")
+    checkpoint = load_checkpoint(path)
+    assert isinstance(checkpoint.model, LanguageModel) and checkpoint.tokenizer_path is not None  # noqa: PT018
+    tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_path))
+    chosen = list(texts or calibration_texts(path, ""))[:_TEXTS]
+    tokens = tokens_to_verify([tokenizer.encode(text).ids for text in chosen])
+    progress("capturing")
+    limits = DecoderLimits(positions=checkpoint.config.max_positions)
+    source = source_from_decoder(model_name(path), checkpoint.model.decoder, tokens, limits)
+    stop = tokenizer.token_to_id(END_OF_TEXT)
+    source = replace(
+        source,
+        decoder=replace(source.decoder, stop_tokens=() if stop is None else (stop,)),
+        tokenizer=checkpoint.tokenizer_path.read_bytes(),
     )
     return export_decoder(source, output, options, progress)
 

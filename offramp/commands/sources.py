@@ -154,7 +154,7 @@ def _from_text_checkpoint(
     from offramp.models.rows import padded
 
     assert checkpoint.tokenizer_path is not None, "a model of texts"
-    texts = _calibration_texts(path, calibration_data)
+    texts = calibration_texts(path, calibration_data)
     tokenizer = load_tokenizer(checkpoint.tokenizer_path, checkpoint.max_length)
     rows = token_ids(tokenizer, texts[: _BATCH * _MAX_BATCHES])
     batches: list[Arrays] = []
@@ -178,7 +178,7 @@ def _from_text_checkpoint(
     )
 
 
-def _calibration_texts(path: Path, calibration_data: str) -> list[str]:
+def calibration_texts(path: Path, calibration_data: str) -> list[str]:
     """The texts to calibrate on: those asked for, else those that training left beside the checkpoint."""
     if calibration_data == ROTTEN_TOMATOES:
         return [example.text for example in load_rotten_tomatoes().train]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -15,7 +16,8 @@ from torch import nn
 from offramp.commands.recipes import DEMO, DataOptions, Recipe, differences, load_recipe, recipe_from_dict
 from offramp.commands.sources import CALIBRATION_ARRAYS, CALIBRATION_TEXTS
 from offramp.errors import DataError, OptionError
-from offramp.models.checkpoint import Checkpoint, load_checkpoint, tokenizer_in
+from offramp.models.checkpoint import TOKENIZER_FILE, Checkpoint, load_checkpoint, tokenizer_in
+from offramp.models.corpora import CORPORA, Corpus, corpus_rows, load_folder, train_tokenizer
 from offramp.models.data import (
     TextSplits,
     default_encoder_path,
@@ -41,9 +43,10 @@ IMDB = "imdb"
 DISTIL_EPOCHS = "distil_epochs"  # an override of its own: the epochs of the stages that learn without labels
 _HOLDOUT = 0.1  # share of a user's file for validation, and again for test
 _CALIBRATION_ROWS = 256
+_CALIBRATION_CHARACTERS = 600  # of a language model's rows: well over a hundred tokens
 _NOT_OPTIONS = ("kind", "weights")  # of a recipe's [model]; the rest configures its kind
 
-Splits = TextSplits | ImageSplits
+Splits = TextSplits | ImageSplits | Corpus
 
 
 @dataclass(frozen=True)
@@ -100,10 +103,15 @@ def resumed_recipe(output: Path, request: TrainRequest) -> Recipe:
 
 def train_recipe(output: Path, recipe: Recipe, resume: bool = False, progress: bool = False) -> TrainReport:
     """Train a recipe into `output`, or go on where it was killed. Raises as `train_checkpoint` does."""
+    with tempfile.TemporaryDirectory() as scratch:  # a tokenizer of our own lies there until it is saved
+        return _train_recipe(output, recipe, Path(scratch), resume, progress)
+
+
+def _train_recipe(output: Path, recipe: Recipe, scratch: Path, resume: bool, progress: bool) -> TrainReport:
     kind = kind_of(recipe)
     splits = load_splits(recipe)
-    checkpoint = load_checkpoint(output) if resume else fresh_checkpoint(recipe, splits)
-    rows = rows_of(checkpoint, splits)
+    checkpoint = load_checkpoint(output) if resume else fresh_checkpoint(recipe, splits, scratch)
+    rows = rows_of(checkpoint, splits, recipe.data.limit)
     teacher = teacher_of(recipe, checkpoint)
     if resume:
         report = resume_training(output, rows, progress, teacher)
@@ -125,6 +133,8 @@ def kind_of(recipe: Recipe) -> Kind:
 def load_splits(recipe: Recipe) -> Splits:
     """Return what the recipe learns from, shared out; a named data set is shared out the same way for every run."""
     data = recipe.data
+    if kind_of(recipe).is_language_model:
+        return load_corpus(data)
     if data.name in IMAGES:
         images = IMAGES[data.name](Path(data.path), data.seed)
         return replace(images, train=first_rows(images.train, data.limit))
@@ -141,6 +151,17 @@ def load_splits(recipe: Recipe) -> Splits:
     return replace(splits, train=train, unlabelled=_unlabelled_texts(data) if takes_unlabelled else ())
 
 
+def load_corpus(data: DataOptions) -> Corpus:
+    """Return the texts that a language model learns from: a named corpus, or a folder of .txt files."""
+    if data.name in CORPORA:
+        return CORPORA[data.name](data.seed)
+    if Path(data.name).is_dir():
+        return load_folder(Path(data.name), data.seed)
+    raise OptionError(
+        f"data of a language model: got {data.name!r}, {nearest(data.name, CORPORA)}; or a folder of .txt"
+    )
+
+
 def first_rows(rows: ArrayRows, limit: int) -> ArrayRows:
     """Return the first `limit` rows, all if it is 0."""
     if not limit:
@@ -154,9 +175,14 @@ def _unlabelled_texts(data: DataOptions) -> tuple[str, ...]:
     return load_unlabelled(Path(data.unlabelled)) if data.unlabelled else ()
 
 
-def fresh_checkpoint(recipe: Recipe, splits: Splits) -> Checkpoint:
-    """Return the model to train, with what the data say about it: classes, sizes, the mean and spread of values."""
+def fresh_checkpoint(recipe: Recipe, splits: Splits, scratch: Path) -> Checkpoint:
+    """Return the model to train, with what the data say about it: classes, sizes, the mean and spread of values.
+
+    The tokenizer of a language model is trained first, and lies in `scratch`.
+    """
     kind = kind_of(recipe)
+    if isinstance(splits, Corpus):
+        return _fresh_language_model(recipe, splits, scratch)
     if kind.is_text != isinstance(splits, TextSplits):
         raise OptionError(f"a {recipe.model['kind']} model does not read {recipe.data.name}")
     options = {name: value for name, value in recipe.model.items() if name not in _NOT_OPTIONS}
@@ -169,6 +195,19 @@ def fresh_checkpoint(recipe: Recipe, splits: Splits) -> Checkpoint:
     return Checkpoint(model, tokenizer, splits.label_names, recipe.data.max_length, recipe.model["kind"])
 
 
+def _fresh_language_model(recipe: Recipe, corpus: Corpus, scratch: Path) -> Checkpoint:
+    """The vocabulary of the recipe is the most that the tokenizer may have; the model has what it got."""
+    kind = kind_of(recipe)
+    weights_of(recipe, kind)
+    options = {name: value for name, value in recipe.model.items() if name not in _NOT_OPTIONS}
+    config: Any = options_from_dict(kind.config, options, "[model]")
+    tokenizer = train_tokenizer(corpus.train, config.vocabulary)
+    config = replace(config, vocabulary=tokenizer.get_vocab_size())
+    tokenizer.save(str(scratch / TOKENIZER_FILE))
+    model = kind.fresh(Path(), config, recipe.run.seed)
+    return Checkpoint(model, scratch / TOKENIZER_FILE, (), recipe.data.max_length, recipe.model["kind"])
+
+
 def weights_of(recipe: Recipe, kind: Kind) -> Path | None:
     """Return the pretrained weights that the model begins with, if its kind takes any. Raises OptionError."""
     given = recipe.model.get("weights")
@@ -179,7 +218,7 @@ def weights_of(recipe: Recipe, kind: Kind) -> Path | None:
     return Path(given) if given else kind.default_weights()
 
 
-def facts_of(splits: Splits) -> dict[str, Any]:
+def facts_of(splits: TextSplits | ImageSplits) -> dict[str, Any]:
     """Return what data say about a model of them."""
     facts: dict[str, Any] = {"num_classes": len(splits.label_names) or 1}
     if isinstance(splits, ImageSplits):
@@ -191,11 +230,13 @@ def facts_of(splits: Splits) -> dict[str, Any]:
     return facts
 
 
-def rows_of(checkpoint: Checkpoint, splits: Splits) -> TrainingRows:
-    """Return the splits as the model takes them."""
+def rows_of(checkpoint: Checkpoint, splits: Splits, limit: int = 0) -> TrainingRows:
+    """Return the splits as the model takes them; `limit` is the most windows of tokens to learn from, 0 for all."""
     if isinstance(splits, ImageSplits):
         return TrainingRows(splits.train, splits.validation)
     assert checkpoint.tokenizer_path is not None, "a model of texts"
+    if isinstance(splits, Corpus):
+        return corpus_rows(checkpoint.tokenizer_path, splits, checkpoint.max_length, limit)
     return text_rows(load_tokenizer(checkpoint.tokenizer_path, checkpoint.max_length), splits)
 
 
@@ -248,6 +289,12 @@ def save_calibration(output: Path, kind: Kind, splits: Splits) -> None:
         stream = io.BytesIO()
         np.savez_compressed(stream, **dict(batch.inputs))  # type: ignore[arg-type]
         write_file(output / CALIBRATION_ARRAYS, stream.getvalue())
+        return
+    if isinstance(splits, Corpus):
+        texts = "".join(splits.train)
+        starts = range(0, len(texts), max(1, len(texts) // _CALIBRATION_ROWS))
+        lines = [json.dumps({"text": texts[start : start + _CALIBRATION_CHARACTERS]}) for start in starts]
+        write_file(output / CALIBRATION_TEXTS, ("\n".join(lines[:_CALIBRATION_ROWS]) + "\n").encode())
         return
     names = splits.label_names
     lines = [

@@ -20,7 +20,7 @@ from offramp.export.roles import Roles
 from offramp.export.source import ModelSource, input_specs
 
 INPUT_IDS, PAST_LENGTH, ACTIVE = "input_ids", "past_length", "active_"
-PAST_KEY, PAST_VALUE, KEY, VALUE = "past_key_", "past_value_", "key_", "value_"
+PAST_OF = "past_"  # before the name of a state
 CHUNK, PAST = "chunk", "past"
 _EXAMPLE_ROWS, _EXAMPLE_CHUNK, _EXAMPLE_PAST = 3, 6, 8
 _ATOL = _RTOL = 1e-2  # graph against model, as export/capture.py
@@ -29,7 +29,8 @@ _ATOL = _RTOL = 1e-2  # graph against model, as export/capture.py
 class DecoderModel(Protocol):
     """What can be captured: an EarlyExitDecoder of offramp.models, or a module with the same forward and config.
 
-    `config` has exits (numbers of layers), gated, kv_heads, head_size and max_positions.
+    `config` has exits (numbers of layers), gated, max_positions, and states: name, heads and width of what a layer
+    remembers of a position.
     """
 
     @property
@@ -78,10 +79,7 @@ def source_from_decoder(
     graph = _captured(model, example, opset)
     inputs = input_specs(graph, ())
     names = [spec.name for spec in inputs]
-    states = {
-        made: given
-        for made, given in zip(_states(model, KEY, VALUE), _states(model, PAST_KEY, PAST_VALUE), strict=True)
-    }
+    states = {name: PAST_OF + name for name in _states(model)}
     exits = range(1, len(model.config.exits) + 1)
     gates = {f"logits_{k}": {LEARNED: f"learned_{k}"} for k in exits if model.config.gated and k < len(exits)}
     source = ModelSource(
@@ -107,14 +105,15 @@ class _FlatDecoder(_Flat):
         model: Any = self.model
         num_exits = len(model.config.exits)
         ids, lengths, *rest = inputs
-        past = rest[num_exits - 1 :]
-        said = self.model(ids, lengths, rest[: num_exits - 1], list(zip(past[::2], past[1::2], strict=True)))
+        size = len(model.config.states)
+        past = [tuple(rest[start : start + size]) for start in range(num_exits - 1, len(rest), size)]
+        said = self.model(ids, lengths, rest[: num_exits - 1], past)
         answers = [tensor for leave in said.exits for tensor in leave if tensor is not None]
-        return (*answers, *(tensor for pair in said.present for tensor in pair))
+        return (*answers, *(tensor for layer in said.present for tensor in layer))
 
 
-def _states(model: DecoderModel, key: str, value: str) -> list[str]:
-    return [f"{name}{layer}" for layer in range(model.config.exits[-1]) for name in (key, value)]
+def _states(model: DecoderModel) -> list[str]:
+    return [f"{state.name}_{layer}" for layer in range(model.config.exits[-1]) for state in model.config.states]
 
 
 def _output_names(model: DecoderModel) -> list[str]:
@@ -122,7 +121,7 @@ def _output_names(model: DecoderModel) -> list[str]:
     for k, until in enumerate(model.config.exits, 1):
         is_gated = model.config.gated and until != model.config.exits[-1]
         names += [f"logits_{k}", f"hidden_{k}"] + ([f"learned_{k}"] if is_gated else [])
-    return names + _states(model, KEY, VALUE)
+    return names + _states(model)
 
 
 def _example(
@@ -141,10 +140,11 @@ def _example(
         inputs[f"{ACTIVE}{k}"] = torch.zeros(_EXAMPLE_ROWS, 2, dtype=torch.int64)
         dynamic[f"{ACTIVE}{k}"] = {1: f"{ACTIVE}{k}"}
         spans[f"{ACTIVE}{k}"] = ranges[CHUNK]
-    for name in _states(model, PAST_KEY, PAST_VALUE):
-        shape = (_EXAMPLE_ROWS, config.kv_heads, _EXAMPLE_PAST, config.head_size)
-        inputs[name] = torch.randn(shape, generator=random)
-        dynamic[name] = {2: PAST}
+    for layer in range(config.exits[-1]):
+        for state in config.states:
+            name = f"{PAST_OF}{state.name}_{layer}"
+            inputs[name] = torch.randn(_EXAMPLE_ROWS, state.heads, _EXAMPLE_PAST, state.width, generator=random)
+            dynamic[name] = {2: PAST}
     return Example(inputs, dynamic, spans, max_rows)
 
 
@@ -174,7 +174,7 @@ def _captured(model: DecoderModel, example: Example, opset: int) -> ModelProto:
 def _batches(
     graph: ModelProto, states: Mapping[str, str], model: DecoderModel, texts: Sequence[Sequence[int]]
 ) -> tuple[Arrays, ...]:
-    """Real inputs: the second half of each text, with the keys and values that the graph made of the first.
+    """Real inputs: the second half of each text, with the states that the graph made of the first.
 
     Rows are ragged, every second position is active, the last one always.
     """
@@ -183,10 +183,10 @@ def _batches(
     half = length // 2
     ids = np.array([text[:length] for text in texts], np.int64)
     config, rows = model.config, len(ids)
-    empty = np.zeros((rows, config.kv_heads, 1, config.head_size), np.float32)
+    empty = [np.zeros((rows, state.heads, 1, state.width), np.float32) for state in config.states]
     everything = np.tile(np.arange(half), (rows, 1))
     first: Arrays = {INPUT_IDS: ids[:, :half], PAST_LENGTH: np.zeros(rows, np.int64)}
-    first |= dict.fromkeys(states.values(), empty)
+    first |= dict(zip(states.values(), empty * config.exits[-1], strict=True))
     active = [f"{ACTIVE}{k}" for k in range(1, len(config.exits))]
     first |= dict.fromkeys(active, everything)
     made = dict(zip(states.values(), session.run(list(states), first), strict=True))

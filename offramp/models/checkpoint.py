@@ -31,7 +31,7 @@ TOKENIZER_FILE = "tokenizer.json"
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A model and what belongs to it; `label_names[c]` is the name of class c, () for a regression.
+    """A model and what belongs to it; `label_names[c]` is the name of class c, () for values and for tokens.
 
     `kind` says how its configuration is read (`kinds.py`). Texts are cut to `max_length` tokens, special tokens
     included; a model of images has no tokenizer and no length. Raises OptionError if the number of names and of classes
@@ -45,10 +45,11 @@ class Checkpoint:
     kind: str = BERT
 
     def __post_init__(self) -> None:
-        if len(self.label_names) != (self.num_classes if self.num_classes > 1 else 0):
-            raise OptionError(f"label_names: got {self.label_names} for a model of {self.num_classes} classes")
         if self.kind not in KINDS:
             raise OptionError(f"kind: got {self.kind!r}, {nearest(self.kind, KINDS)}")
+        has_names = self.num_classes > 1 and not KINDS[self.kind].is_language_model
+        if len(self.label_names) != (self.num_classes if has_names else 0):
+            raise OptionError(f"label_names: got {self.label_names} for a model of {self.num_classes} classes")
         num_positions = KINDS[self.kind].num_positions(self.model)
         if num_positions and not 2 < self.max_length <= num_positions:
             raise OptionError(

@@ -1,23 +1,35 @@
-"""A Llama-like decoder (RoPE, grouped heads, SwiGLU, RMSNorm) with exits after some of its layers.
+"""A decoder with exits after some of its layers: Llama-like ones (RoPE, grouped heads, SwiGLU) or ResNet-BK blocks.
 
-An exit is a normalisation, an optional gate (how sure, asked before the vocabulary is) and a vocabulary head. Past and
-present keys and values are plain inputs and outputs, per layer, so that whoever runs a part of the layers can keep
-them. Layers after the first exit compute queries, FFN and head for *active* positions only; positions that have left
-keep their hidden state, from which deeper layers still make keys and values (CALM, arXiv 2207.07061, section 3.3).
+An exit is a normalisation, an optional gate (how sure, asked before the vocabulary is) and a vocabulary head. What a
+layer remembers of every position, its states, keys and values say, are plain inputs and outputs, so that whoever runs
+a part of the layers can keep them. Layers after the first exit compute queries, FFN and head for *active* positions
+only; positions that have left keep their hidden state, from which deeper layers still make keys and values (CALM,
+arXiv 2207.07061, section 3.3). `resolvent_block.py` says what becomes of them in the other kind of block.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from offramp.errors import OptionError
+from offramp.models.resolvent_block import Experts, ResolventLayer, Sites
 
 # Added to the scores of positions that must not be seen: finite for FP16 (models/encoder.py says why).
 MASKED_SCORE = -1e4
+
+Block = Literal["transformer", "resnet-bk"]
+
+
+class StateShape(NamedTuple):
+    """One thing that a layer remembers: tensors (N, heads, P, width), a vector per head and position."""
+
+    name: str
+    heads: int
+    width: int
 
 
 @dataclass(frozen=True)
@@ -25,7 +37,8 @@ class DecoderConfig:
     """Dimensions of a decoder and where its exits are.
 
     `exits` are numbers of layers in increasing order; layers above the last one are dropped. `gated`: every exit but
-    the final one has a gate. `tied`: the heads are the embedding table; else each exit has its own. Raises OptionError.
+    the final one has a gate. `tied`: the heads are the embedding table; else each exit has its own. A ResNet-BK block
+    has `num_experts` of which each position asks `top_k`, and no heads. Raises OptionError.
     """
 
     vocabulary: int
@@ -40,6 +53,10 @@ class DecoderConfig:
     norm_eps: float = 1e-5
     gated: bool = False
     tied: bool = True
+    block: Block = "transformer"
+    num_experts: int = 4
+    top_k: int = 1
+    dropout: float = 0.0
 
     def __post_init__(self) -> None:
         increasing = all(low < high for low, high in zip((0, *self.exits), self.exits, strict=False))
@@ -52,6 +69,23 @@ class DecoderConfig:
                 f"decoder: got {self.heads} heads, {self.kv_heads} of keys and values, width {self.width}; expected "
                 f"multiples of each other"
             )
+        if self.block not in get_args(Block) or not 1 <= self.top_k <= self.num_experts or not 0 <= self.dropout < 1:
+            raise OptionError(
+                f"decoder: got block {self.block!r}, top_k {self.top_k} of {self.num_experts} experts, dropout "
+                f"{self.dropout}; expected one of {', '.join(get_args(Block))}, at least 1 of them, a number in [0, 1)"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        """The numbers that every exit answers with."""
+        return self.vocabulary
+
+    @property
+    def states(self) -> tuple[StateShape, ...]:
+        """What every layer remembers of a position."""
+        if self.block == "resnet-bk":
+            return (StateShape("resolvent", 1, 2),)
+        return StateShape("key", self.kv_heads, self.head_size), StateShape("value", self.kv_heads, self.head_size)
 
     @property
     def head_size(self) -> int:
@@ -71,7 +105,7 @@ class Said(NamedTuple):
     """What a decoder says about a chunk of T new positions in each of N rows."""
 
     exits: list[ExitSaid]
-    present: list[tuple[Tensor, Tensor]]  # per layer, keys and values of the new positions, (N, K, T, D) each
+    present: list[tuple[Tensor, ...]]  # per layer, its states of the new positions, (N, heads, T, width) each
 
 
 class Places(NamedTuple):
@@ -112,10 +146,11 @@ class DecoderLayer(nn.Module):
         self.gate = nn.Linear(width, config.ffn, bias=False)
         self.up = nn.Linear(width, config.ffn, bias=False)
         self.down = nn.Linear(config.ffn, width, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, active: Tensor, chunk: Tensor, places: Places, past: tuple[Tensor, Tensor]
-    ) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        self, active: Tensor, chunk: Tensor, places: Places, past: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """From the active positions (N, A, d) before the layer to those after it, and the chunk's keys and values.
 
         `chunk` (N, T, d) holds the hidden states at the last exit; active ones have gone on since. `past` has keys and
@@ -125,16 +160,17 @@ class DecoderLayer(nn.Module):
         keys = turned(self._heads(self.key(normed)), places.key_turn).transpose(1, 2)  # (N, K, T, D)
         values = self._heads(self.value(normed)).transpose(1, 2)
         queries = self.query(normed if places.active is None else normed[places.active])
-        active = active + self.out(self._attended(queries, keys, values, places, past))
+        active = active + self.dropout(self.out(self._attended(queries, keys, values, places, past)))
         normed = self.ffn_norm(active)
-        return active + self.down(functional.silu(self.gate(normed)) * self.up(normed)), (keys, values)
+        inner = functional.silu(self.gate(normed)) * self.up(normed)
+        return active + self.dropout(self.down(inner)), (keys, values)
 
     def _heads(self, projected: Tensor) -> Tensor:
         """(N, T, K x D) to (N, T, K, D)."""
         return projected.view(*projected.shape[:2], self.kv_heads, -1)
 
     def _attended(
-        self, queries: Tensor, keys: Tensor, values: Tensor, places: Places, past: tuple[Tensor, Tensor]
+        self, queries: Tensor, keys: Tensor, values: Tensor, places: Places, past: tuple[Tensor, ...]
     ) -> Tensor:
         """Attention of queries (N, A, H x D) over past and new positions, without joining these two: (N, A, H x D).
 
@@ -162,7 +198,7 @@ class DecoderExit(nn.Module):
 
 
 class EarlyExitDecoder(nn.Module):
-    """Decoder whose forward says what every exit says, and the keys and values of the new positions."""
+    """Decoder whose forward says what every exit says, and the states of the new positions."""
 
     cosines: Tensor
     sines: Tensor
@@ -171,7 +207,8 @@ class EarlyExitDecoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.width)
-        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.exits[-1]))
+        self.dropout = nn.Dropout(config.dropout)
+        self.layers = nn.ModuleList(_layer(config) for _ in range(config.exits[-1]))
         self.exits = nn.ModuleList(DecoderExit(config, config.gated and at != config.exits[-1]) for at in config.exits)
         self.set_turns(torch.outer(torch.arange(config.max_positions), _frequencies(config.head_size)))
 
@@ -184,21 +221,23 @@ class EarlyExitDecoder(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        past_length: Tensor,
-        active: Sequence[Tensor],
-        past: Sequence[tuple[Tensor, Tensor]],
+        past_length: Tensor | None = None,
+        active: Sequence[Tensor] | None = None,
+        past: Sequence[tuple[Tensor, ...]] = (),
     ) -> Said:
-        """Read a chunk of new tokens input_ids (N, T), which follow past_length (N,) positions.
+        """Read a chunk of new tokens input_ids (N, T), which follow past_length (N,) positions; without it, none.
 
-        `active` has one (N, A) per exit but the final one: which of the T positions go on from there. `past` has per
-        layer keys and values (N, K, P, D), P >= past_length; what lies behind past_length is not seen. Chunks are
-        padded at their end: nobody sees what comes later.
+        `active` has one (N, A) per exit but the final one: which of the T positions go on from there, ascending; None:
+        all. `past` has per layer its states (N, heads, P, width), P >= past_length; what lies behind past_length is not seen.
+        Chunks are padded at their end: nobody sees what comes later.
         """
+        if past_length is None:
+            past_length, past = torch.zeros_like(input_ids[:, 0]), self._nothing(len(input_ids))
         shape = input_ids.shape[1], past[0][0].shape[2]
-        hidden = self.embedding(input_ids)  # (N, T, d)
+        hidden = self.dropout(self.embedding(input_ids))  # (N, T, d)
         said, present, depth = Said([], []), [], 0
         for index, (until, leave) in enumerate(zip(self.config.exits, self.exits, strict=True)):
-            places = self.places(past_length, shape, active[index - 1] if index else None)
+            places = self.places(past_length, shape, active[index - 1] if index and active else None)
             now = hidden if places.active is None else hidden[places.active]  # (N, A, d)
             for layer in self.layers[depth:until]:
                 now, made = layer(now, hidden, places, past[depth])
@@ -208,18 +247,28 @@ class EarlyExitDecoder(nn.Module):
             said.exits.append(self._said(leave, hidden))
         return Said(said.exits, present)
 
-    def places(self, past_length: Tensor, shape: tuple[int, int], active: Tensor | None) -> Places:
+    def _nothing(self, rows: int) -> list[tuple[Tensor, ...]]:
+        """A past of one position that nobody sees: an operator on no positions at all is a case that nobody tests."""
+        weight = self.embedding.weight
+        empty = tuple(weight.new_zeros(rows, state.heads, 1, state.width) for state in self.config.states)
+        return [empty] * len(self.layers)
+
+    def places(self, past_length: Tensor, shape: tuple[int, int], active: Tensor | None) -> Places | Sites:
         """What the layers of a segment need to know; `shape` is T, P."""
+        index = None
+        if active is not None:
+            index = torch.arange(active.shape[0], device=active.device)[:, None], active
+        if self.config.block == "resnet-bk":
+            return Sites(index, past_length)
         chunk, number = shape
         group = self.config.heads // self.config.kv_heads
         steps = torch.arange(chunk, device=past_length.device)  # (T,)
         last = self.config.max_positions - 1  # only padding lies beyond
         positions = (past_length[:, None] + steps).clamp(max=last)  # (N, T)
         key_turn = tuple(functional.embedding(positions, table)[:, :, None] for table in (self.cosines, self.sines))
-        index, asking = None, steps[None]
+        asking = steps[None]
         query_turn = tuple(table[:, :, None] for table in key_turn)
         if active is not None:
-            index = torch.arange(active.shape[0], device=active.device)[:, None], active
             asking, placed = active, (past_length[:, None] + active).clamp(max=last)  # (N, A)
             query_turn = tuple(
                 functional.embedding(placed, table)[:, :, None, None] for table in (self.cosines, self.sines)
@@ -238,6 +287,13 @@ class EarlyExitDecoder(nn.Module):
         head = self.embedding.weight if leave.head is None else leave.head.weight
         gate = None if leave.gate is None else leave.gate(normed)[..., 0].sigmoid()
         return ExitSaid(functional.linear(normed, head), normed, gate)
+
+
+def _layer(config: DecoderConfig) -> nn.Module:
+    if config.block == "resnet-bk":
+        experts = Experts(config.width, config.ffn, config.num_experts, config.top_k)
+        return ResolventLayer(config.width, experts, config.dropout)
+    return DecoderLayer(config)
 
 
 def turned(heads: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:

@@ -1,4 +1,4 @@
-"""How good every exit is, measured in torch, in float32: accuracy for classes, mean absolute error for values."""
+"""How good every exit is, measured in torch, in float32: accuracy of classes, error of values, perplexity of tokens."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.nn import functional
 
 from offramp.errors import OptionError
 from offramp.models.losses import Answers, answers_from_exits
@@ -59,13 +60,34 @@ def outcome_of(model: nn.Module, rows: Rows) -> Outcome:
 
 
 def quality_per_exit(model: nn.Module, rows: Rows) -> tuple[float, ...]:
-    """Return the accuracy of every exit, or its mean absolute error where targets are values."""
+    """Return the accuracy of every exit, its mean absolute error where targets are values, or its perplexity."""
+    if measure_of(rows) == "perplexity":
+        return perplexity_per_exit(model, rows)
     outcome = outcome_of(model, rows)
     if np.issubdtype(outcome.targets.dtype, np.floating):
         errors = np.abs(outcome.logits[:, :, 0] - outcome.targets[:, None])  # (N, E)
         return tuple(float(error) for error in errors.mean(axis=0, dtype=np.float64))
     right = outcome.logits.argmax(axis=-1) == outcome.targets[:, None]  # (N, E)
     return tuple(float(num) / len(right) for num in right.sum(axis=0))
+
+
+def measure_of(rows: Rows) -> str:
+    """Return what `quality_per_exit` says of these rows: accuracy, error or, of windows of tokens, perplexity."""
+    if rows.targets.ndim == 2:
+        return "perplexity"
+    return "error" if np.issubdtype(rows.targets.dtype, np.floating) else "accuracy"
+
+
+def perplexity_per_exit(model: nn.Module, rows: Rows) -> tuple[float, ...]:
+    """Return the exponential of every exit's mean loss of a token; leaves the model in eval mode."""
+    model.eval()
+    totals: list[NDArray[np.float64]] = []  # one (E,) per batch: a vocabulary of logits is not kept
+    with torch.inference_mode():
+        for batch in rows.batches(EVALUATION_BATCH, seed=0):
+            targets = torch.from_numpy(batch.targets).flatten()
+            losses = [functional.cross_entropy(said.float(), targets) for said in answers_of(model, batch).logits]
+            totals.append(len(targets) * torch.stack(losses).double().numpy())
+    return tuple(float(value) for value in np.exp(np.sum(totals, axis=0) / rows.targets.size))
 
 
 def frontier(quality: NDArray[Any], sureness: NDArray[Any], costs: Sequence[float]) -> NDArray[np.float64]:

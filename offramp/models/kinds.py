@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -15,6 +15,7 @@ from offramp.models.attached import AttachedConfig, AttachedExits, attached_from
 from offramp.models.branchynet import BranchyNet, BranchyNetConfig
 from offramp.models.cascade import CascadeConfig, CascadeTransformer
 from offramp.models.data import default_encoder_path
+from offramp.models.decoder import DecoderConfig, EarlyExitDecoder
 from offramp.models.efficientnet import (
     EfficientNet,
     EfficientNetConfig,
@@ -22,6 +23,7 @@ from offramp.models.efficientnet import (
     efficientnet_from_pretrained,
 )
 from offramp.models.encoder import EarlyExitEncoder, EncoderConfig, encoder_from_pretrained
+from offramp.models.language_model import LanguageModel, fresh_language_model
 from offramp.models.options import options_from_dict
 from offramp.models.regression import LearnedRegressor, RegressionConfig
 
@@ -35,7 +37,8 @@ class Kind:
 
     `fresh` makes one from pretrained weights (a path, if it takes any), a configuration and a seed. `from_dict` makes
     what `to_dict` wrote down, with weights that are still to be loaded. Models of texts read input_ids and
-    attention_mask and have `num_positions`; models of images read pixels, their config has an `image_shape`.
+    attention_mask and have `num_positions`; models of images read pixels, their config has an `image_shape`. Language
+    models read windows of tokens and have no classes; their config has a `vocabulary`, that of their own tokenizer.
     """
 
     config: type
@@ -49,6 +52,11 @@ class Kind:
     def is_text(self) -> bool:
         """Tell whether the model reads texts."""
         return not hasattr(self.config, "image_shape")
+
+    @property
+    def is_language_model(self) -> bool:
+        """Tell whether the model says what comes next."""
+        return "vocabulary" in {field.name for field in fields(self.config)}
 
 
 def _bert_to_dict(model: EarlyExitEncoder) -> dict[str, Any]:
@@ -138,6 +146,11 @@ KINDS: dict[str, Kind] = {
     "branchynet": Kind(
         **_plain(BranchyNetConfig, BranchyNet),
         fresh=lambda weights, config, seed: _seeded(lambda: BranchyNet(config), seed),
+    ),
+    "language-model": Kind(
+        **_plain(DecoderConfig, lambda config: LanguageModel(EarlyExitDecoder(config))),
+        fresh=lambda weights, config, seed: _seeded(lambda: fresh_language_model(config), seed),
+        num_positions=lambda model: int(model.config.max_positions),
     ),
     "efficientnet": Kind(
         **_plain(EfficientNetConfig, EfficientNet),

@@ -18,6 +18,7 @@ from offramp.errors import OptionError
 from offramp.trace import UNKNOWN
 
 EARLY_WEIGHT = 0.3  # arXiv 2510.12856, section 4: lambda of an early exit
+HALTING_EPSILON = 0.01  # arXiv 1603.08983, section 2.1
 FINAL_WEIGHT = 1.0  # the same: lambda of the final exit
 
 
@@ -25,12 +26,14 @@ FINAL_WEIGHT = 1.0  # the same: lambda of the final exit
 class Answers:
     """What E exits say about N rows: logits (N, C) each, a learned confidence (N,) in [0, 1] or None each.
 
-    C is 1 for a regression: the value itself. `teacher` are the logits (N, C) of another model, if there is one.
+    C is 1 for a regression: the value itself. A language model's rows are positions. `teacher` are the logits (N, C) of
+    another model, if there is one; `penalties` are numbers that the model itself wants small.
     """
 
     logits: tuple[Tensor, ...]
     learned: tuple[Tensor | None, ...]
     teacher: Tensor | None = None
+    penalties: tuple[Tensor, ...] = ()
 
 
 def answers_from_exits(exits: Sequence[Any], teacher: Tensor | None = None) -> Answers:
@@ -39,6 +42,7 @@ def answers_from_exits(exits: Sequence[Any], teacher: Tensor | None = None) -> A
         tuple(said if isinstance(said, Tensor) else said.logits for said in exits),
         tuple(None if isinstance(said, Tensor) else getattr(said, "learned", None) for said in exits),
         teacher,
+        tuple(found for said in exits if (found := getattr(said, "penalty", None)) is not None),
     )
 
 
@@ -145,6 +149,30 @@ def confidence_target(logits: Tensor, targets: Tensor) -> Tensor:
     if targets.is_floating_point():
         return 1.0 - torch.tanh((said[:, 0] - targets).abs())
     return (said.argmax(dim=-1) == targets).float()
+
+
+def halting_weights(learned: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
+    """Return how much each exit's answer weighs (N, E), and what pondering costs (N,): exits asked, and the remainder.
+
+    Adaptive computation time, arXiv 1603.08983, section 2.1, equations 5 to 9: `learned` are the halting probabilities
+    (N,) of all exits but the final one; a row halts where their sum comes to 1 - ε, with the remainder for a weight.
+    Raises OptionError if an exit has none.
+    """
+    if not learned or any(found is None for found in learned):
+        raise OptionError("strategy act: expected a model whose early exits have a gate; set model.gated = true")
+    halting = torch.stack([found.float() for found in learned if found is not None], -1)  # (N, E - 1)
+    before = torch.cat([torch.zeros_like(halting[:, :1]), halting.cumsum(-1)], -1)  # (N, E) of the exits before
+    has_come = before < 1.0 - HALTING_EPSILON
+    sums = before[:, 1:]
+    halts = has_come & torch.cat([sums >= 1.0 - HALTING_EPSILON, torch.ones_like(has_come[:, :1])], -1)
+    weights = torch.where(halts, 1.0 - before, torch.cat([halting, halting[:, :1]], -1)) * has_come
+    return weights, has_come.sum(-1) + (weights * halts).sum(-1)
+
+
+def halting_loss(logits: Sequence[Tensor], weights: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss of the exits' mean logits; weights (N, E) are `halting_weights` (equation 10 there)."""
+    mean = (torch.stack([said.float() for said in logits], -1) * weights[:, None]).sum(-1)
+    return exit_loss(mean, targets)
 
 
 def _early_loss(logits: Sequence[Tensor], targets: Tensor, weights: Sequence[float]) -> Tensor:

@@ -23,32 +23,32 @@ import math
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 DIAGONAL = -2.0  # of the discrete Laplacian
 ETA = 1.0  # z = iη
 
 
-def causal_resolvent(potential: Tensor, eta: float = ETA, num_sweeps: int = 0) -> Tensor:
+def causal_resolvent(potential: Tensor, before: Tensor | None = None, eta: float = ETA, num_sweeps: int = 0) -> Tensor:
     """L_i of every position: `potential` (B, N) to (B, N, 2), real and imaginary part; z = i `eta`.
 
-    `num_sweeps=0` takes as many as the precision of the potential asks for.
+    `before` (B, 2) is the L of the position before the first, zeros (or None) at the start. `num_sweeps=0` takes as
+    many as the precision of the potential asks for.
     """
-    shifted = _shifted(potential, eta)
-    return _left(shifted, num_sweeps or sweeps_needed(potential.dtype, eta))
+    conjugate = _conjugate(potential, eta)
+    if before is not None:  # only the first position reads it
+        first = conjugate[..., :1] - (before * _signs(before))[..., None]
+        conjugate = torch.cat([first, conjugate[..., 1:]], dim=-1)
+    return _left(conjugate, num_sweeps or sweeps_needed(potential.dtype, eta)).transpose(1, 2)
 
 
 def resolvent_diagonal(potential: Tensor, eta: float = ETA, num_sweeps: int = 0) -> Tensor:
     """G_ii of every position: `potential` (B, N) to (B, N, 2), real and imaginary part. It sees the future."""
-    shifted = _shifted(potential, eta)
+    conjugate = _conjugate(potential, eta)
     sweeps = num_sweeps or sweeps_needed(potential.dtype, eta)
-    left = _left(shifted, sweeps)
-    right = _left(shifted.flip(1), sweeps).flip(1)
-    return _inverse(shifted - _previous(left) - _previous(right.flip(1)).flip(1))
-
-
-def resolvent_step(potential: Tensor, before: Tensor, eta: float = ETA) -> Tensor:
-    """L of one more position (B, 2) from its potential (B,) and the L before it (B, 2); zeros at the start."""
-    return _inverse(_shifted(potential, eta) - before)
+    left, right = _left(conjugate, sweeps), _left(conjugate.flip(-1), sweeps)
+    neighbours = _previous(left) + _previous(right).flip(-1)
+    return _inverse(conjugate - neighbours * _signs(potential)[:, None]).transpose(1, 2)
 
 
 def sweeps_needed(dtype: torch.dtype, eta: float = ETA) -> int:
@@ -56,26 +56,33 @@ def sweeps_needed(dtype: torch.dtype, eta: float = ETA) -> int:
     return math.ceil(-math.log(torch.finfo(dtype).eps) / math.log1p(eta * eta)) + 1
 
 
-def _shifted(potential: Tensor, eta: float) -> Tensor:
-    """a = v - 2 - iη as real and imaginary part, (…, 2)."""
-    return torch.stack([potential + DIAGONAL, torch.full_like(potential, -eta)], dim=-1)
+def _conjugate(potential: Tensor, eta: float) -> Tensor:
+    """The conjugate of a = v - 2 - iη as planes of real and imaginary parts, (B, 2, N).
+
+    All is done with conjugates, because 1 / d is conj(d) / |d|².
+    """
+    return torch.stack([potential + DIAGONAL, torch.full_like(potential, eta)], dim=1)
 
 
-def _left(shifted: Tensor, num_sweeps: int) -> Tensor:
-    """L (B, N, 2) from a (B, N, 2)."""
-    left = _inverse(shifted)
+def _left(conjugate: Tensor, num_sweeps: int) -> Tensor:
+    """L from conj(a), both (B, 2, N), in five operators a sweep: decoding a token does little else."""
+    size = _signs(conjugate)[:, None].expand(2, 2)  # times the squares: |d|² above -|d|²
+    divisor = conjugate
     for _ in range(num_sweeps - 1):
-        left = _inverse(shifted - _previous(left))
-    return left
+        divisor = conjugate - _previous(divisor / (size @ (divisor * divisor)))
+    return _inverse(divisor)
 
 
 def _previous(values: Tensor) -> Tensor:
-    """(B, N, 2) moved one position on, zeros at the start."""
-    return torch.cat([torch.zeros_like(values[:, :1]), values[:, :-1]], dim=1)
+    """(B, 2, N) moved one position on, zeros at the start."""
+    return functional.pad(values, (1, -1))
 
 
-def _inverse(values: Tensor) -> Tensor:
-    """1 / (x + iy) of (…, 2)."""
-    real, imaginary = values.unbind(-1)
-    size = real * real + imaginary * imaginary
-    return torch.stack([real / size, -imaginary / size], dim=-1)
+def _inverse(conjugate: Tensor) -> Tensor:
+    """1 / d from conj(d), both (B, 2, N)."""
+    return conjugate / (conjugate * conjugate).sum(1, keepdim=True)
+
+
+def _signs(like: Tensor) -> Tensor:
+    """(1, -1): what conjugation multiplies by."""
+    return torch.tensor([1.0, -1.0], dtype=like.dtype, device=like.device)

@@ -1,6 +1,7 @@
 """Rows to train on, texts or arrays, and the batches that they come in. Numpy only.
 
-Targets are classes (int64, UNKNOWN where there is none) or, for a regression, values (float32).
+Targets are classes (int64, UNKNOWN where there is none) or, for a regression, values (float32). A row of a language
+model is a window of tokens, its targets are the next token of every position.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ Targets = NDArray[Any]  # int64 or float32
 
 @dataclass(frozen=True)
 class Batch:
-    """N rows: the model's inputs by name, each with N along axis 0, and targets (N,)."""
+    """N rows: the model's inputs by name, each with N along axis 0, and targets (N,), or (N, T) of T positions."""
 
     inputs: Mapping[str, NDArray[Any]]
     targets: Targets
@@ -31,7 +32,7 @@ class Rows(Protocol):
 
     @property
     def targets(self) -> Targets:
-        """The target of every row, (N,)."""
+        """The target of every row, (N,), or those of its positions, (N, T)."""
 
     def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
         """Yield every row once, in an order that `seed` alone decides."""
@@ -83,6 +84,25 @@ class ArrayRows:
             chosen = order[start : start + batch_size]
             inputs = {name: _numbers(array[chosen]) for name, array in self.inputs.items()}
             yield Batch(inputs, self.targets[chosen])
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """N windows of T tokens and the one behind them, (N, T + 1) int64."""
+
+    tokens: NDArray[np.int64]
+
+    @property
+    def targets(self) -> Targets:
+        """The next token of every position, (N, T)."""
+        return self.tokens[:, 1:]
+
+    def batches(self, batch_size: int, seed: int) -> Iterator[Batch]:
+        """Yield batches of windows shuffled by `seed`, as input_ids."""
+        order = np.random.default_rng(seed).permutation(len(self.tokens))
+        for start in range(0, len(order), batch_size):
+            chosen = self.tokens[order[start : start + batch_size]]
+            yield Batch({"input_ids": chosen[:, :-1]}, chosen[:, 1:])
 
 
 @dataclass(frozen=True)

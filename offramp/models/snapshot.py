@@ -28,7 +28,7 @@ FORMAT_VERSION = 2
 class EpochReport:
     """One epoch: mean training loss, what every exit did on the validation rows, wall-clock seconds.
 
-    `validation` is the accuracy of every exit, or its mean absolute error in a regression.
+    `validation` is the accuracy of every exit, its mean absolute error in a regression, or its perplexity.
     """
 
     loss: float

@@ -22,6 +22,8 @@ from offramp.models.losses import (
     confidence_loss,
     exit_loss,
     exit_weights,
+    halting_loss,
+    halting_weights,
     joint_loss,
     labels_or_answers_loss,
     linear_weights,
@@ -32,7 +34,7 @@ from offramp.models.losses import (
 Learners = Literal["all", "early_heads", "final"]  # final: everything but the heads before the final one
 WeightRule = Literal["early", "equal", "linear"]
 StrategyLoss = Callable[[Answers, Tensor, Sequence[float], int], Tensor]
-HEADS = "heads."  # of the names of parameters: those of the exits
+HEADS = ("heads.", "decoder.exits.")  # of the names of parameters: those of the exits
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,10 @@ class LossOptions:
     """How a strategy weighs exits and terms. Raises OptionError.
 
     `weights` are one number per exit, final one last; without them `rule` makes them: "early" gives `early_weight` to
-    all exits before the final one, "linear" (k + 1) / E to exit k, "equal" 1 to all. The three terms are added where
-    their weight is above 0: a teacher's answers for the final exit, the exits' calibration, learned confidences.
+    all exits before the final one, "linear" (k + 1) / E to exit k, "equal" 1 to all. The other terms are added where
+    their weight is above 0: a teacher's answers for the final exit, the exits' calibration, learned confidences, and
+    penalties: what pondering costs (strategy act) and what the model itself wants small, such as an uneven load of
+    experts.
     """
 
     weights: tuple[float, ...] = ()
@@ -51,11 +55,12 @@ class LossOptions:
     teacher_weight: float = 0.0  # 0.5 there
     calibration_weight: float = 0.0
     confidence_weight: float = 0.0
+    penalty_weight: float = 0.01  # arXiv 2101.03961, section 2.2; arXiv 1603.08983, section 3
 
     def __post_init__(self) -> None:
         if self.rule not in get_args(WeightRule):
             raise OptionError(f"rule: got {self.rule!r}, expected one of {get_args(WeightRule)}")
-        for name in ("early_weight", "teacher_weight", "calibration_weight", "confidence_weight"):
+        for name in ("early_weight", "teacher_weight", "calibration_weight", "confidence_weight", "penalty_weight"):
             check_from_zero(name, getattr(self, name))
         if not (math.isfinite(self.temperature) and self.temperature > 0):
             raise OptionError(f"temperature: got {self.temperature}, expected a positive number")
@@ -77,12 +82,14 @@ class LossOptions:
 class Strategy:
     """`loss` of a step from answers, targets, one weight per exit and the step's number; who `learns` at that step.
 
-    A strategy that `takes_unlabelled` also sees the rows that have no labels, with the target UNKNOWN.
+    A strategy that `takes_unlabelled` also sees the rows that have no labels, with the target UNKNOWN; one that
+    `ponders` is charged for the exits that it asks.
     """
 
     loss: StrategyLoss
     learns: Callable[[int], Learners] = field(default=lambda step: "all")
     takes_unlabelled: bool = False
+    ponders: bool = False
 
 
 def joint(answers: Answers, targets: Tensor, weights: Sequence[float], step: int) -> Tensor:
@@ -120,6 +127,15 @@ def labels_or_answers(answers: Answers, targets: Tensor, weights: Sequence[float
     return labels_or_answers_loss(answers.logits, targets, weights)
 
 
+def act(answers: Answers, targets: Tensor, weights: Sequence[float], step: int) -> Tensor:
+    """The mean of all exits' logits, weighed by when a row halts (Graves, arXiv 1603.08983); weights are not read.
+
+    What the gates learn is converted as it is: the halting probability is the exit's learned score, by which policies
+    let rows leave.
+    """
+    return halting_loss(answers.logits, halting_weights(answers.learned[:-1])[0], targets)
+
+
 def _early_turn(step: int) -> bool:
     return step % 2 == 0
 
@@ -130,14 +146,18 @@ STRATEGIES: dict[str, Strategy] = {
     "early_heads": Strategy(early_heads, lambda step: "early_heads"),
     "alternating": Strategy(alternating, lambda step: "early_heads" if _early_turn(step) else "final"),
     "berxit": Strategy(berxit, lambda step: "all" if _early_turn(step) else "final"),
+    "act": Strategy(act, ponders=True),
     "self_distillation": Strategy(self_distillation, lambda step: "early_heads", takes_unlabelled=True),
     "labels_or_answers": Strategy(labels_or_answers, lambda step: "early_heads", takes_unlabelled=True),
 }
 
 
 def step_loss(strategy: Strategy, options: LossOptions, answers: Answers, targets: Tensor, step: int) -> Tensor:
-    """Return what one step minimises: the strategy's loss and the terms that `options` gives a weight."""
-    weights = options.exit_weights(len(answers.logits))
+    """Return what one step minimises: the strategy's loss and the terms that `options` gives a weight.
+
+    targets: (N,), or (N, T) where the rows of `answers` are N x T positions.
+    """
+    weights, targets = options.exit_weights(len(answers.logits)), targets.flatten()
     terms = [strategy.loss(answers, targets, weights, step)]
     if options.teacher_weight > 0 and strategy.learns(step) != "early_heads":
         terms.append(options.teacher_weight * teacher_loss(answers, options.temperature))
@@ -147,6 +167,10 @@ def step_loss(strategy: Strategy, options: LossOptions, answers: Answers, target
         terms.append(options.calibration_weight * loss)
     if options.confidence_weight > 0 and strategy.learns(step) != "final":
         terms.append(options.confidence_weight * confidence_loss(answers, targets))
+    if options.penalty_weight > 0:
+        terms += [options.penalty_weight * penalty for penalty in answers.penalties]
+        if strategy.ponders:
+            terms.append(options.penalty_weight * halting_weights(answers.learned[:-1])[1].mean())
     return terms[0] if len(terms) == 1 else torch.stack(terms).sum()
 
 

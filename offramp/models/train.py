@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from offramp.errors import DataError, OptionError
 from offramp.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
-from offramp.models.evaluate import answers_of, quality_per_exit
+from offramp.models.evaluate import answers_of, measure_of, quality_per_exit
 from offramp.models.plan import Plan, RunOptions, Stage, precision_of_cpu
 from offramp.models.randomness import forked_random_state, random_state, seed_all, set_random_state
 from offramp.models.rows import Batch, Rows, TrainingRows, joined
@@ -46,11 +46,11 @@ class TrainReport:
 
     epochs: tuple[EpochReport, ...]
     precision: str
-    measure: str  # what validation says of every exit: accuracy, or error (the mean absolute one)
+    measure: str  # what validation says of every exit: accuracy, error (the mean absolute one), or perplexity
 
     @property
     def validation(self) -> tuple[float, ...]:
-        """Return what every exit did after the last epoch: accuracy, or mean absolute error in a regression."""
+        """Return what every exit did after the last epoch, in its `measure`."""
         return self.epochs[-1].validation
 
     @property
@@ -157,8 +157,7 @@ def run_epochs(run: Run, position: Position) -> TrainReport:
                 state = None if finished else bytes_from_snapshot(snapshot_of(run, position))
                 save_checkpoint(run.output.folder, run.checkpoint, state)
     run.model.eval()
-    measure = "error" if run.checkpoint.num_classes == 1 else "accuracy"
-    return TrainReport(position.epochs, precision_of_cpu(run.plan.run.precision), measure)
+    return TrainReport(position.epochs, precision_of_cpu(run.plan.run.precision), measure_of(run.rows.validation))
 
 
 def train_epoch(run: Run, position: Position, bar: Progress) -> EpochReport:

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from offramp.models.resolvent import (
     causal_resolvent,
     resolvent_diagonal,
-    resolvent_step,
     sweeps_needed,
 )
 
@@ -47,13 +46,22 @@ def test_the_causal_one_is_the_last_entry_of_every_leading_block(n: int) -> None
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=60), st.floats(-1e6, 1e6))
 def test_sweeps_reach_the_sequential_recurrence_for_any_potential(values: list[float], first: float) -> None:
     potential = torch.tensor([[first, *values]], dtype=torch.float64)
-    state, expected = torch.zeros(1, 2, dtype=torch.float64), []
-    for i in range(potential.shape[1]):
-        state = resolvent_step(potential[:, i], state)
+    state, expected = 0j, []
+    for value in potential[0].tolist():
+        state = 1 / (value - 2 - 1j - state)
         expected.append(state)
-    np.testing.assert_allclose(
-        causal_resolvent(potential).numpy(), torch.stack(expected, dim=1).numpy(), rtol=1e-12, atol=1e-15
-    )
+    np.testing.assert_allclose(as_complex(causal_resolvent(potential))[0], expected, rtol=1e-12, atol=1e-15)
+
+
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=6))
+def test_chunks_that_hand_on_the_last_value_are_the_whole(lengths: list[int]) -> None:
+    """What generation does: every chunk, single positions included, begins with the L before it."""
+    potential = torch.from_numpy(np.random.default_rng(sum(lengths)).normal(0, 2, (2, sum(lengths))))
+    found, before = [], torch.zeros(2, 2, dtype=torch.float64)
+    for part in potential.split(lengths, dim=1):
+        found.append(causal_resolvent(part, before))
+        before = found[-1][:, -1]
+    torch.testing.assert_close(torch.cat(found, dim=1), causal_resolvent(potential), rtol=1e-13, atol=1e-15)
 
 
 def test_half_of_the_sweeps_do_not_reach_it() -> None:
