@@ -228,8 +228,8 @@ class EarlyExitDecoder(nn.Module):
         """Read a chunk of new tokens input_ids (N, T), which follow past_length (N,) positions; without it, none.
 
         `active` has one (N, A) per exit but the final one: which of the T positions go on from there, ascending; None:
-        all. `past` has per layer its states (N, heads, P, width), P >= past_length; what lies behind past_length is not seen.
-        Chunks are padded at their end: nobody sees what comes later.
+        all. `past` has per layer its states (N, heads, P, width), P >= past_length; what lies behind past_length is not
+        seen. Chunks are padded at their end: nobody sees what comes later.
         """
         if past_length is None:
             past_length, past = torch.zeros_like(input_ids[:, 0]), self._nothing(len(input_ids))
