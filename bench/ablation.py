@@ -11,7 +11,8 @@ Measured: MiniLM-L6, pretrained, random exit heads, exits after layer 4 and the 
 rows leave is not what these heads are for: exits are simulated by `--leaving`, a share of requests that run under a
 policy by which everybody leaves at layer 4; the others run under one by which nobody does. Texts without padding, one
 row a request (or `--rows`). `dense` is the uncut model without any lever, opened with ONNX Runtime's defaults and the
-same threads; all are interleaved, request by request. `speedup` is a quotient of mean times.
+same threads; all are interleaved, request by request. `speedup` is a quotient of mean times; `gains` are those over
+the chain without any lever, of each alone, of all together, and what they would be together if gains multiplied.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ from offramp.policy import Policy
 from offramp.runtime import Runner
 from offramp.runtime.onnxruntime_engine import open_session
 from offramp.runtime.timing import interleaved_ms
+from offramp.storage import write_file
 
 LENGTHS = (32, 128, 256, 512)
 WINDOW = 32
@@ -66,8 +68,13 @@ def make_encoder(config: EncoderConfig, quick: bool) -> EarlyExitEncoder:
     return encoder
 
 
-def make_bundle(path: Path, config: EncoderConfig, quick: bool) -> Path:
-    """Export the encoder in FP32, for texts of up to 512 tokens."""
+def make_bundle(folder: Path, config: EncoderConfig, quick: bool) -> Path:
+    """Export the encoder in FP32, for texts of up to 512 tokens; one that is in `folder` already is taken."""
+    pruned, blocks = "pruned" if config.pruning else "whole", "-blocks" if config.in_blocks else ""
+    path = folder / f"{pruned}-{'window' if config.window else 'dense'}{blocks}"
+    if (path / "manifest.json").is_file():
+        return path
+    progress(f"exporting {path.name}")
     source = encoder_source(path.name, make_encoder(config, quick), make_inputs(4, 64), max(LENGTHS))
     manifest = export_bundle(source, path, ExportOptions(precision="fp32"), progress)
     assert manifest.parity["chain_bit_equal"]
@@ -131,7 +138,7 @@ def measure_length(
     finally:
         for runner in runners.values():
             runner.close()
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for name, times in times_ms.items():
         mean, base = float(times.mean()), float(times_ms["dense"].mean())
         found[name] = {
@@ -143,6 +150,16 @@ def measure_length(
     return found
 
 
+def together_of(case: dict[str, Any]) -> dict[str, float]:
+    """Return what each lever gives alone over none of them, what all give, and what they would if gains multiplied."""
+    base = case["none"]["mean_ms"]
+    alone = {name: base / case[name]["mean_ms"] for name in ("pruning", "window", "exits") if name in case}
+    found = {**alone, "together": base / case["pruning+window+exits"]["mean_ms"]}
+    if len(alone) == 3:
+        found["product_of_alone"] = float(np.prod(list(alone.values())))
+    return {name: round(value, 3) for name, value in found.items()}
+
+
 def main() -> None:
     """Print progress to stderr, and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
@@ -151,18 +168,19 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=0, help="0: as many as ONNX Runtime likes")
     parser.add_argument("--lengths", type=lambda text: tuple(map(int, text.split(","))), default=LENGTHS)
     parser.add_argument("--quick", action="store_true", help="a tiny model and few rounds: shows the script, no result")
+    parser.add_argument("--bundles", type=Path, help="keep what is exported here, and take what is here already")
+    parser.add_argument("--output", type=Path, help="also write this JSON file")
     options = parser.parse_args()
     options.lengths = options.lengths[:1] if options.quick else options.lengths
     machine = describe_machine()
     cases: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory(prefix="offramp-bench-") as folder:
-        bundles: dict[EncoderConfig, Path] = {}
+    with tempfile.TemporaryDirectory(prefix="offramp-bench-") as temporary:
+        folder = options.bundles if options.bundles and not options.quick else Path(temporary)
+        configs = {config_of(lever, length) for length in options.lengths for lever in levers_of(options)}
+        bundles = {config: make_bundle(folder, config, options.quick) for config in configs}
         for length in options.lengths:
-            for lever in levers_of(options):
-                config = config_of(lever, length)
-                if config not in bundles:
-                    bundles[config] = make_bundle(Path(folder, str(len(bundles))), config, options.quick)
-            cases.append({"tokens": length, "in_blocks": blocks_pay(length)} | measure_length(bundles, length, options))
+            case = {"tokens": length, "in_blocks": blocks_pay(length)} | measure_length(bundles, length, options)
+            cases.append(case | {"gains": together_of(case)})
             progress(json.dumps(cases[-1]))
     summary = {
         "bench": "ablation",
@@ -174,6 +192,8 @@ def main() -> None:
         "machine": machine,
         "cases": cases,
     }
+    if options.output:
+        write_file(options.output, (json.dumps(summary, indent=1) + "\n").encode())
     print(json.dumps(summary))
 
 

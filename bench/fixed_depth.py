@@ -22,7 +22,7 @@ process, interleaved request by request, the uncut model in ONNX Runtime with al
     python bench/fixed_depth.py [RECIPE …] [--set data.path=vaderSentiment-0.5.zip] [--seeds 3] [--quick]
 
 Training (minutes per seed) is done once, in --work. `--quick` needs no data and trains nothing: random weights, which
-show that the script works and no more. One line of JSON per recipe, to be kept in bench/results/.
+show that the script works and no more.
 """
 
 from __future__ import annotations
@@ -254,18 +254,15 @@ def run_recipe(name: str, options: argparse.Namespace) -> dict[str, Any]:
         seeds.append(measure(trained_subject(recipe, options.work / f"{name}-{seed}"), options))
         progress(f"{name}, seed {seed}: {json.dumps(seeds[-1]['policies'])}")
     return {
-        "bench": "fixed_depth",
-        "recipe": name,
         "changes": TRAINED[name],
         "quality": "mean absolute error" if name == REGRESSION else "accuracy",
-        "machine": describe_machine(),
         "summary": summary(seeds),
         "seeds": seeds,
     }
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print progress to stderr, and one line of JSON per recipe."""
+    """Print progress to stderr, and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("recipes", nargs="*", default=[BRANCHYNET, REGRESSION])
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="of the recipes")
@@ -274,8 +271,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--work", type=Path, default=Path("bench/work/fixed_depth"))
     parser.add_argument("--quick", action="store_true", help="random weights: shows the script, no result")
     options = parser.parse_args(arguments)
-    for name in options.recipes:
-        print(json.dumps(run_recipe(name, options)))
+    machine = describe_machine()
+    found = {name: run_recipe(name, options) for name in options.recipes}
+    print(json.dumps({"bench": "fixed_depth", "machine": machine, "threads": options.threads, "recipes": found}))
 
 
 if __name__ == "__main__":

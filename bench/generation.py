@@ -38,7 +38,7 @@ from offramp.runtime.generator import GenerateOptions, Generator
 from offramp.runtime.record_texts import measure_token_costs
 
 OVERHEAD, SPEEDUP, LOSSLESS = 1.05, 2.5, 1.4  # targets
-LOGITS_ATOL = 2e-3  # of logits up to 40, ONNX Runtime against torch; docs/tolerances.md
+LOGITS_ATOL = 5e-4  # of logits up to 40, ONNX Runtime against torch; docs/tolerances.md
 STATES_ATOL = 2e-3  # of keys and values up to 50, a token at a time against the uncut graph's same
 SECTIONS = ("exact", "states", "lossless", "times")
 

@@ -20,6 +20,8 @@ SCRIPTS = {
     "chain_vs_uncut": ["--quick"],
     "coverage": ["--quick"],
     "cut_costs": ["--quick"],
+    "eat": ["--quick"],
+    "fixed_depth": ["--quick"],
     "int8": ["--quick"],
     "placement": ["--quick"],
     "pool": ["--quick"],

@@ -197,6 +197,9 @@ def test_train_kill_and_resume(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (("--exits", "2", "--set", "stage.strategy=early_heads"), "none of the recipe's stages"),
         (("--set", "model.kind=branchynet"), "a branchynet model does not read"),
         (("--set", "model.kind=cascade"), "a cascade model begins with no weights"),
+        (("--teacher", "nowhere"), "no stage gives it a weight; set stage.loss.teacher_weight"),
+        (("--set", "stage.loss.teacher_weight=0.5"), "got a weight and no teacher"),
+        (("--teacher", "nowhere", "--set", "stage.loss.teacher_weight=0.5"), "loading the checkpoint nowhere"),
     ],
 )
 def test_mistakes_end_as_one_message(tiny: Path, options: tuple[str, ...], problem: str) -> None:

@@ -10,20 +10,24 @@ import signal
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from click.testing import CliRunner
 
 from offramp.cli import main
-from offramp.commands import sweep_run
+from offramp.commands import sweep_bench, sweep_run
 from offramp.commands.recipes import load_recipe
 from offramp.commands.sweep import SweepRequest, over_seeds, run_sweep
-from offramp.commands.sweep_run import held
+from offramp.commands.sweep_bench import on_test_rows
+from offramp.commands.sweep_run import Place, held
 from offramp.commands.sweeps import Variant, grid_from_text, load_sweep, runs_of, sweep_names
 from offramp.errors import OptionError
 from offramp.models import train
 from offramp.models.kinds import KINDS
 from offramp.models.options import options_from_dict
+from offramp.policy import Policy
 from offramp.runtime import Runner
+from offramp.trace import Trace
 from tests.models.tiny_encoder import tiny_bert, tiny_tokenizer
 
 TRAIN = ("train",)
@@ -273,6 +277,29 @@ def test_export_trace_calibrate_and_bench_follow_the_weights(tiny: Path) -> None
     run_sweep(out, SweepRequest(str(tiny), seeds=1, steps=["trace", "calibrate", "bench"]), after.append)
     assert "trace 2/2, eat/seed-0: waits" in after
     assert "bench 1/1, seed 0: waits" in after
+
+
+def test_a_regression_is_judged_by_the_error_of_the_exits_that_it_takes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trace = Trace(
+        logits=np.array([[[1.0], [3.0]], [[2.0], [5.0]], [[0.0], [0.0]]], np.float32),
+        scores=np.zeros((3, 2, 3), np.float32),
+        predictions=np.zeros((3, 2), np.int64),
+        temperatures=np.ones(2),
+        labels=np.full(3, -1),
+        costs_ms=np.ones(2),
+        fingerprint="f" * 64,
+        backend="fake",
+        precision="fp32",
+        learned=np.array([[0.9, np.nan], [0.1, np.nan], [0.9, np.nan]], np.float32),
+        targets=np.array([1.5, 4.0, np.nan], np.float32),
+    )
+    monkeypatch.setattr(sweep_bench, "load_trace", lambda path: trace)
+    monkeypatch.setattr(sweep_bench, "policy_of", lambda place: Policy.thresholds("learned", [0.5]))
+    place = Place(tmp_path, runs_of(load_sweep("regression-ratings"))[0])
+    # the first row leaves with 1.0 for 1.5, the second goes on to 5.0 for 4.0, the third has no target
+    assert on_test_rows(place) == {"mean_depth": pytest.approx(4 / 3), "segments": 2, "error": 0.75}
 
 
 def test_who_has_no_teacher_yet_waits_and_what_others_train_is_left_to_them(tiny: Path) -> None:

@@ -24,7 +24,7 @@ from offramp.errors import OptionError
     help="Layers that a token skipped: filled exactly when needed; from its state at the exit; or proposed tokens are "
     "verified, which gives the text of full depth.",
 )
-@click.option("--draft", default=4, show_default=True, help="Tokens proposed at once (lossless).")
+@click.option("--draft", default=4, show_default=True, help="Tokens read before they are verified (lossless).")
 @click.option(
     "--threshold", default="", metavar="T[,T…]", help="Max. probability per exit, - closes it.  [the bundle's]"
 )

@@ -18,13 +18,16 @@ from offramp.runtime import Runner
 def answers(runner: Runner, data: str, batch_size: int) -> Iterator[dict[str, Any]]:
     """Answer `data` in its order: an .npz file of inputs, a file of texts, or - for texts on stdin.
 
-    Every line is a text, blank ones too. Raises DataError, InputError or BundleError.
+    Every line is a text, blank ones too. A regression has a value in place of a prediction. Raises DataError,
+    InputError or BundleError.
     """
     for inputs in _requests(runner, data, batch_size):
         result = runner.run(inputs)
         for row, prediction in enumerate(result.prediction.tolist()):
+            is_value = runner.manifest.is_regression
+            said = {"value": float(result.outputs["logits"][row, 0])} if is_value else {"prediction": prediction}
             answer = {
-                "prediction": prediction,
+                **said,
                 "exit_index": int(result.exit_index[row]),
                 "score": None if np.isnan(result.score[row]) else float(result.score[row]),
                 "reason": result.reason[row],

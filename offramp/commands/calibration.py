@@ -101,7 +101,11 @@ def lines_from_calibrated(found: Calibrated) -> list[str]:
         f"temperature {each.temperature:.2f}, {each.share:.1%} of rows leave"
         for each in found.report.exits
     ]
-    lost = "accuracy drop" if found.report.error_full_depth is None else "mean absolute error added"
+    lost = "accuracy drop"
+    if found.certificate and found.certificate.risk == "deviation":
+        lost = "mean distance from full depth"
+    elif found.report.error_full_depth is not None:
+        lost = "mean absolute error added"
     lines += [
         f"mean depth {found.report.mean_depth:.2f} segments, {found.report.expected_speedup:.2f}x the speed of full "
         f"depth, {lost} {found.report.drop:.4f} on {found.report.num_rows} rows"

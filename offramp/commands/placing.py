@@ -75,7 +75,13 @@ def place_bundle(
         if output.resolve() == bundle.resolve():
             raise OptionError(f"place: the new bundle cannot take the place of {bundle}; choose another -o")
         check_target(output)
-    old = Policy.from_json(read_policy(bundle, load_manifest(bundle)))
+    manifest = load_manifest(bundle)
+    if manifest.is_regression:
+        raise OptionError(
+            f"place: {bundle} is a regression, and exits are placed by rows that are right or wrong; choose them when "
+            f"exporting, and thresholds with `offramp calibrate {bundle}`"
+        )
+    old = Policy.from_json(read_policy(bundle, manifest))
     opening = request.trace.backend, Policy.full_depth(), request.trace.threads, request.trace.precision
     progress("looking for what every exit says")
     trace = trace_for(bundle, request.trace, say=progress)

@@ -36,6 +36,7 @@ STEPS = (TRAIN, *_STEPS, BENCH)
 _SHOWN = {
     "validation": "validation",
     "accuracy": "accuracy",
+    "error": "error",  # mean absolute, of a regression
     "mean_ms_1": "mean ms",
     "p50_ms_1": "p50",
     "rows_per_s_32": "rows/s at 32",
@@ -71,6 +72,8 @@ def run_sweep(
     for step in request.steps:
         if step not in STEPS:
             raise OptionError(f"--steps: got {step!r}, {nearest(step, STEPS)}")
+    if request.retrain and TRAIN not in request.steps:
+        raise OptionError(f"--retrain: got --steps {','.join(request.steps)}, expected {TRAIN} among them")
     places = [Place(folder, run, say, progress, request.retrain) for run in chosen]
     for place in places:  # all of them, before hours are spent on the first
         check_training(place, load_record(place.path, TRAIN), training_from(place))

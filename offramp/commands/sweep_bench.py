@@ -96,17 +96,19 @@ def requests_of(place: Place, runner: Runner, size: int, num_rows: int) -> list[
 
 
 def on_test_rows(place: Place) -> dict[str, Any]:
-    """Return accuracy, mean depth in segments, and the share of tokens that is left where rows leave, by replay."""
+    """Return, by replay: accuracy, or the mean absolute error of a regression; mean depth in segments; and the share of
+    tokens that is left where rows leave, of a model that drops some.
+    """
     trace = load_trace(place.path / TEST_TRACE)
     decided = replay(policy_of(place), trace)
-    found: dict[str, Any] = {
-        "accuracy": accuracy(decided.prediction, trace.labels),
-        "mean_depth": mean_depth(decided.exit_index),
-        "segments": trace.num_exits,
-    }
+    at = np.arange(len(decided.exit_index)), decided.exit_index
+    found: dict[str, Any] = {"mean_depth": mean_depth(decided.exit_index), "segments": trace.num_exits}
+    if trace.is_regression:
+        found["error"] = float(np.nanmean(np.abs(trace.logits[(*at, 0)] - trace.targets)))
+    else:
+        found["accuracy"] = accuracy(decided.prediction, trace.labels)
     if trace.retention.shape[1]:
-        left = trace.retention[np.arange(len(decided.exit_index)), decided.exit_index]
-        found["retention"] = float(np.nanmean(left))
+        found["retention"] = float(np.nanmean(trace.retention[at]))
     return found
 
 

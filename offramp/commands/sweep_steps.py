@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from offramp.bundle import Manifest, load_manifest
+from offramp.bundle import LEARNED, Manifest, load_manifest
 from offramp.commands.calibration import certify_bundle
 from offramp.commands.sources import source_from_argument
 from offramp.commands.sweep_run import Place, Record, State, held, is_trained, load_record, save_record, sha256_of
@@ -22,6 +22,7 @@ from offramp.commands.sweeps import Measure
 from offramp.commands.traces import TraceRequest, record_bundle, stored_trace
 from offramp.commands.training import load_splits
 from offramp.errors import OfframpError
+from offramp.export.capture import DEFAULT_OPSET
 from offramp.export.export_bundle import ExportOptions, export_bundle
 from offramp.models.checkpoint import WEIGHTS_FILE
 from offramp.models.data import TextSplits
@@ -41,8 +42,12 @@ def export_run(place: Place, measure: Measure) -> State:
 
     def make() -> dict[str, Any]:
         rows = save_rows(place)
-        source = source_from_argument(str(place.checkpoint), (), 20, "", {})
-        manifest = export_bundle(source, place.path / BUNDLE, ExportOptions(measure.precision))
+        place.say(f"{place.run.name}: capturing")
+        source = source_from_argument(str(place.checkpoint), (), DEFAULT_OPSET, "", {})
+        options = ExportOptions(measure.precision)
+        manifest = export_bundle(
+            source, place.path / BUNDLE, options, lambda step: place.say(f"{place.run.name}: {step}")
+        )
         return {"exits": len(manifest.exits), "rows": {name: file.name for name, file in rows.items()}}
 
     return done(place, EXPORT, made_from, make, lambda: (place.path / BUNDLE / "manifest.json").is_file())
@@ -86,7 +91,8 @@ def calibrate_run(place: Place, measure: Measure) -> State:
         if len(manifest.exits) == 1:
             return {}
         trace = stored_trace(bundle, bench.backend, bench.precision)
-        found = certify_bundle(bundle, trace, Policy("max_prob"), measure.calibrate)
+        base = Policy(LEARNED if manifest.is_regression else "max_prob")
+        found = certify_bundle(bundle, trace, base, measure.calibrate)
         return found.document() | {"words": list(found.certificate.words()) if found.certificate else []}
 
     def is_there() -> bool:

@@ -118,16 +118,15 @@ def stored_trace(bundle: Path, backend: str = "auto", precision: str = "auto") -
 
 def summary_of(path: Path, sha256: str) -> dict[str, Any]:
     """What the trace at `path` is of, for people, without reading more of it than that. Raises DataError."""
-    labels, sources, costs_ms, sizes, batch_costs_ms, uncut_ms, backend, precision, fingerprint, files = load_fields(
-        path,
-        *("labels", "sources", "costs_ms", "cost_sizes", "batch_costs_ms", "uncut_ms"),
-        *("backend", "precision", "fingerprint", "files"),
+    labels, targets, sources, costs_ms, sizes, batch_costs_ms, uncut_ms = load_fields(
+        path, "labels", "targets", "sources", "costs_ms", "cost_sizes", "batch_costs_ms", "uncut_ms"
     )
+    backend, precision, fingerprint, files = load_fields(path, "backend", "precision", "fingerprint", "files")
     return {
         "path": str(path),
         "sha256": sha256,
         "rows": len(labels),
-        "labelled": int((labels != UNKNOWN).sum()),
+        "labelled": int(((labels != UNKNOWN) | ~np.isnan(targets)).sum()),
         "sources": [str(name) for name in np.unique(sources) if name],
         "exits": len(costs_ms),
         "costs_ms": costs_ms.tolist(),

@@ -7,11 +7,9 @@ choices do to the answers is seen end to end.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-from numpy.typing import NDArray
 from onnx import ModelProto, TensorProto, ValueInfoProto, helper
 
 from offramp.export.chain import Chain, open_session
@@ -62,15 +60,3 @@ def with_same_choices(fp32: Chain, lowered: Chain) -> tuple[Chain, Chain, list[t
                 for change, model in ((telling_choices, one), (taking_choices, other))
             )
     return replace(fp32, sessions=tell), replace(lowered, sessions=take), choices
-
-
-def feeds_with_choices(
-    model: ModelProto, feeds: Sequence[Mapping[str, NDArray[np.generic]]]
-) -> tuple[ModelProto, list[dict[str, NDArray[np.generic]]]]:
-    """`model` taking its choices, and `feeds` with those that it makes on them."""
-    names = choices_of(model)
-    if not names:
-        return model, [dict(feed) for feed in feeds]
-    session = open_session(telling_choices(model, names))
-    told = [dict(zip(names, session.run(list(names), feed), strict=True)) for feed in feeds]
-    return taking_choices(model, names), [{**feed, **more} for feed, more in zip(feeds, told, strict=True)]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 from offramp.export.chain import Arrays, open_session
-from offramp.export.choices import feeds_with_choices
+from offramp.export.choices import choices_of, taking_choices, telling_choices
 from offramp.export.graph import GraphView
 from offramp.export.score_head import PREFIX
 from offramp.export.verify import relative_error
@@ -196,6 +196,7 @@ class _Trial:
     feeds: Sequence[Arrays]
     outputs: tuple[str, ...]
     expected: Sequence[Sequence[NDArray[np.generic]]]
+    choices: tuple[str, ...]  # that `feeds` have, too: those made in FP32
 
     @classmethod
     def of(
@@ -206,9 +207,15 @@ class _Trial:
             for value in model.graph.output
             if value.type.tensor_type.elem_type == TensorProto.FLOAT and value.name != "scores"
         )
-        model, feeds = feeds_with_choices(model, feeds)
-        session = open_session(model)
-        return cls(model, products, ranges, feeds, outputs, [session.run(list(outputs), feed) for feed in feeds])
+        choices = choices_of(model)
+        session = open_session(telling_choices(model, choices))
+        said = [session.run([*outputs, *choices], feed) for feed in feeds]
+        count = len(outputs)
+        given = [
+            {**feed, **dict(zip(choices, values[count:], strict=True))}
+            for feed, values in zip(feeds, said, strict=True)
+        ]
+        return cls(model, products, ranges, given, outputs, [values[:count] for values in said], choices)
 
     def treatment(self, activation: str) -> tuple[Treatment, float]:
         """The cheapest treatment of `activation` with an error that may be, and the error of quantizing it."""
@@ -221,7 +228,8 @@ class _Trial:
 
     def error(self, activation: str, treatment: Treatment) -> float:
         """The largest error of any output when `activation` alone is quantized."""
-        session = open_session(_quantized(self.model, self.products, self.ranges, {activation: treatment}))
+        lowered = _quantized(self.model, self.products, self.ranges, {activation: treatment})
+        session = open_session(taking_choices(lowered, self.choices))
         got = [session.run(list(self.outputs), feed) for feed in self.feeds]
         pairs = zip(zip(*got, strict=True), zip(*self.expected, strict=True), strict=True)
         return max(relative_error(left, right) for left, right in pairs)

@@ -33,8 +33,9 @@ MODES = ("deferred", "copy", "lossless")
 class GenerateOptions:
     """How texts are continued. Raises OptionError.
 
-    `stop_tokens` end a text and are not part of it, beside those of the bundle. `draft` is how many tokens are proposed
-    before they are verified (lossless mode). `capacity` is the share of FFNs that run, where the model has routers.
+    `stop_tokens` end a text and are not part of it, beside those of the bundle. `draft` is how many tokens are read
+    before they are verified (lossless mode): one less is proposed, for full depth says what follows the last one.
+    `capacity` is the share of FFNs that run, where the model has routers.
     """
 
     max_new_tokens: int = 128

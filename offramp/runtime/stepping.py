@@ -165,16 +165,18 @@ class Stepper:
         most = max(1, min(most, decoder.max_chunk, decoder.spec.max_positions - max(start)))
         proposed: list[list[int]] = []  # step -> row
         reading, rows = list(tokens), list(range(len(tokens)))
-        while len(proposed) < most:
+        while True:
             last = _last(decoder.read(low, [[token] for token in reading]), rows)
             for index in range(1, exit_index + 1):
                 last = self._bring(index, low, rows, all_active=True)
+            if len(proposed) + 1 == most:  # what follows the last one read is decided at full depth anyway
+                break
             out = decoder.answer(exit_index, last.hidden, last.learned, self._inverse[exit_index])
-            reading = out.prediction.tolist()
-            proposed.append(reading)
             if self._policy.asks(exit_index) != "nothing" and not self._policy.decide(exit_index, out).leaves.any():
                 break
-        number = len(proposed)
+            reading = out.prediction.tolist()
+            proposed.append(reading)
+        number = len(proposed) + 1
         for index in range(exit_index + 1, self._final + 1):
             chunk = decoder.advance(index, low, [number] * len(rows))
         states = chunk.hidden[:, :number].reshape(len(rows) * number, -1)
@@ -182,9 +184,9 @@ class Stepper:
         found = []
         for row, wanted in enumerate(right.reshape(len(rows), number).tolist()):
             accepted = [step[row] for step in proposed]
-            agreeing = next((at for at in range(number) if accepted[at] != wanted[at]), number)
+            agreeing = next((at for at in range(number - 1) if accepted[at] != wanted[at]), number - 1)
             decided = [Decided(token, exit_index) for token in wanted[:agreeing]]
-            decided += [Decided(token, self._final) for token in wanted[agreeing : agreeing + 1]]
+            decided.append(Decided(wanted[agreeing], self._final))
             found.append(decided)
             decoder.clear(low + row, start[row] + len(decided))
         return found

@@ -9,8 +9,10 @@ import pytest
 from onnx import ModelProto, TensorProto, checker, helper
 
 from offramp.bundle import TensorSpec
+from offramp.export import quantize
 from offramp.export.chain import Chain, open_session
-from offramp.export.choices import choices_of, feeds_with_choices, taking_choices, with_same_choices
+from offramp.export.choices import choices_of, taking_choices, with_same_choices
+from offramp.export.quantize import int8_from_segment
 from offramp.export.verify import Tolerance, carry_tolerance, verify_lowered
 from tests.export import graphs
 
@@ -65,12 +67,6 @@ def test_a_graph_takes_choices_and_keeps_its_nodes_in_place() -> None:
     assert model.graph.node[1].output[1] == "places", "the original stays"
 
 
-def test_feeds_are_given_the_choices_that_the_model_makes() -> None:
-    taking, feeds = feeds_with_choices(choosing(1.0), [{"x": X}])
-    np.testing.assert_array_equal(feeds[0]["places"], [[1, 3], [0, 2]])
-    np.testing.assert_array_equal(open_session(taking).run(["short"], feeds[0])[0], np.float32([[4, 3], [0.5, 0.3]]))
-
-
 def test_another_choice_is_no_error_of_the_segment_and_another_value_is() -> None:
     """The second graph would choose the smallest: under the choices of the first it says the same."""
     fp32, lowered = (Chain.open([One()], [choosing(scale)]) for scale in (1.0, -1.0))
@@ -92,3 +88,30 @@ def test_what_is_carried_is_judged_by_its_size(size: float, factor: float) -> No
     assert found == Tolerance(pytest.approx(2e-2 * factor), 1e-2)
     assert carry_tolerance(Tolerance(2e-2, 1e-2), np.full(3, 50)) == Tolerance(2e-2, 1e-2), "numbers are exact"
     assert carry_tolerance(Tolerance(math.inf, 0.0, 0.25), np.full(3, size)).atol == math.inf
+
+
+def ranking() -> ModelProto:
+    """A rotation of 128 dimensions, after which the ten tokens (of 20) with the largest norm stay."""
+    nodes = [
+        helper.make_node("MatMul", ["x", "weights"], ["hidden"]),
+        helper.make_node("Mul", ["hidden", "hidden"], ["squares"]),
+        helper.make_node("ReduceMean", ["squares"], ["importance"], axes=[2], keepdims=0),
+        helper.make_node("TopK", ["importance", "ten"], ["largest", "places"], axis=1),
+        helper.make_node("Unsqueeze", ["places", "two"], ["column"]),
+        helper.make_node("Expand", ["column", "wide"], ["all"]),
+        helper.make_node("GatherElements", ["hidden", "all"], ["short"], axis=1),
+    ]
+    numbers = {"ten": [10], "two": [2], "wide": [1, 1, 128]}
+    constants = [graphs.constant(name, value) for name, value in numbers.items()]
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(128, 128))).Q
+    constants.append(graphs.constant("weights", rotation, np.float32))
+    return graphs.model_of(nodes, {"x": ["rows", 20, 128]}, {"short": ["rows", 10, 128]}, constants)
+
+
+def test_int8_is_not_kept_away_by_tokens_that_change_places(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.random.default_rng(1).normal(size=(4, 20, 128))
+    x *= np.linspace(1.0, 1.001, 20)[:, None] / np.linalg.norm(x, axis=2, keepdims=True)  # all about as important
+    feeds = [{"x": x.astype(np.float32)}]
+    assert int8_from_segment(ranking(), feeds).treatments == {"x": "plain"}
+    monkeypatch.setattr(quantize, "choices_of", lambda model: ())
+    assert int8_from_segment(ranking(), feeds).treatments == {"x": "fp32"}, "what it came to before"
