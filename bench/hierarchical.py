@@ -126,6 +126,7 @@ def lossless(options: argparse.Namespace) -> dict[str, Any]:
         "draft": options.draft,
         "threshold": options.threshold,
         "accepted_share": round(float(np.mean(np.array(exits) == 0)), 4),
+        "tokens_per_verification": round(len(exits) / max(1, sum(index > 0 for index in exits)), 3),
         "ms_per_token": {name: round(1e3 * float(np.mean(found)), 3) for name, found in seconds.items()},
         "speedup": round(float(np.sum(seconds["uncut"]) / np.sum(seconds["lossless"])), 3),
         "target": SPEEDUP,
@@ -142,7 +143,7 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument("--tokens", type=int, default=48)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--draft", type=int, default=4)
+    parser.add_argument("--draft", type=int, default=5, help="positions read before they are verified")
     parser.add_argument("--threshold", type=float, default=0.3, help="max_prob below which drafting stops")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="few of everything: shows the script, no result")
