@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -77,8 +78,12 @@ def test_phase_after_phase_and_on_to_a_bundle(recipe: Path, tmp_path: Path, monk
     assert changed == {"exits.0.gate.weight", "exits.0.gate.bias"}
     frozen = decoders.llama().model.layers[1].mlp.up_proj.weight
     assert torch.equal(after.decoder.layers[1].up.weight, frozen)
-    code, output = run("train", recipe, "-o", out, "--resume")
-    assert "its phases are done" in output
+    assert "its phases are done" in run("train", recipe, "-o", out, "--resume")[1]
+    texts = next((tmp_path / "out.states" / "texts").iterdir())
+    np.save(texts, np.load(texts)[::-1])
+    monkeypatch.setattr(hierarchical, "load_trained", lambda _: before)
+    assert "begin otherwise than the data" in run("train", recipe, "-o", out, "--resume")[1]
+    monkeypatch.undo()
 
     bundle = tmp_path / "bundle"
     code, output = run("export", out, "-o", bundle, "--precision", "fp32")

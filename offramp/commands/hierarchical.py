@@ -164,7 +164,10 @@ def _texts_for_exits(
     for start in range(0, len(chosen), _TOGETHER):
         prompts = chosen[start : start + _TOGETHER, : early.prompt]
         make = functools.partial(continuations, decoder, prompts, windows.shape[1])
-        parts.append(kept_array(folder / f"{start:06d}.npy", make))
+        file = folder / f"{start:06d}.npy"
+        parts.append(kept_array(file, make))
+        if not np.array_equal(parts[-1][:, : early.prompt], prompts):
+            raise DataError(f"texts in {file} begin otherwise than the data; remove {folder.parent}, it is made again")
     return np.concatenate(parts)
 
 

@@ -30,7 +30,7 @@ from offramp.models.routers import (
 from offramp.models.states import States, fast_products
 
 Tokens = NDArray[np.int64]
-_EVERYBODY = 1.0
+_CLIP = 1.0  # norm of a step's gradient
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def train_exits(decoder: EarlyExitDecoder, states: States, first: int, learn: St
         told = _final_logits(decoder, states.hidden[-1, at, first:])
         parts = []
         for index in range(len(decoder.exits) - 1):
-            logits, _unused = exit_answers(decoder, index, states.hidden[index, at].float())
+            logits = exit_answers(decoder, index, states.hidden[index, at].float())[0]
             said = logits[:, first:].float().log_softmax(-1).flatten(0, 1)
             # a token that the exit does not know has no gradient and a large constant loss: it does not count
             most = told.flatten(0, 1).argmax(-1)
@@ -262,7 +262,7 @@ def _learn(
                 loss = loss_of(next(order), done)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(parameters, _EVERYBODY)
+            nn.utils.clip_grad_norm_(parameters, _CLIP)
             optimizer.step()
             found.steps.append(float(loss.detach()))
             if not np.isfinite(found.steps[-1]):
