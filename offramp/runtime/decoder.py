@@ -72,7 +72,6 @@ class Decoder:
         self._caches = [KeyValueCache(part.states, slots, spec.max_positions) for part in manifest.segments]
         width = [int(part.carry_out[0].shape[2]) for part in manifest.segments[:-1]]
         self._waiting = [HiddenStore(size, slots, spec.max_positions) for size in width]
-        self._rows = np.arange(slots)
         self._routing = router_thresholds(spec, 1)
         self.num_exits = len(segments)
 
@@ -92,6 +91,7 @@ class Decoder:
     def set_capacity(self, capacity: float) -> None:
         """From now on let this share of FFNs run, 1 for all. Raises OptionError."""
         self._routing = router_thresholds(self.spec, capacity)
+        self._bound = [None] * len(self._segments)  # they have the thresholds in them
 
     def move(self, source: int, target: int) -> None:
         """Put a sequence into another slot."""
@@ -118,17 +118,16 @@ class Decoder:
         they are, and this segment's layers make their keys and values from that.
         """
         chunk = max(counts)
-        places = _padded(active, counts, chunk) if active is not None else np.tile(np.arange(chunk), (len(counts), 1))
-        if places is None:  # a row without a padded position, and without an active one, has nowhere to point at
-            chunk += 1
-            places = _padded(active or (), counts, chunk)
-            assert places is not None
+        feed: Feed = {}
+        if active is not None:
+            places = _padded(active, counts, chunk)
+            if places is None:  # a row without a padded position, and without an active one, has nowhere to point at
+                chunk += 1
+                places = _padded(active, counts, chunk)
+                assert places is not None
+            feed[self.spec.active[index - 1]] = places
         starts = self.filled(index)[low : low + len(counts)].tolist()
-        feed: Feed = {
-            ROWS: self._rows[: len(counts)],
-            self._chunked[index]: self._waiting[index - 1].read(low, starts, counts, chunk),
-            self.spec.active[index - 1]: places,
-        }
+        feed[self._chunked[index]] = self._waiting[index - 1].read(low, starts, counts, chunk)
         return self._run(index, low, feed, counts)
 
     def answer(
@@ -157,17 +156,14 @@ class Decoder:
             raise BackendError("running a decoder: it was closed; open the bundle again")
         cache, high = self._caches[index], low + len(counts)
         starts = cache.lengths[low:high]
-        feed[self.spec.past_length] = starts
-        if len(self._routing):
-            feed[self.spec.router_threshold] = np.tile(self._routing, (len(counts), 1))
         cache.reserve(high, 1)
-        active = feed[self.spec.active[index - 1]].shape[1] if index else 0
-        key = low, cache.version, len(counts), active, feed[self._chunked[index]].shape[1]
+        key = low, cache.version, len(counts), *[array.shape[-2:] for array in feed.values()]
         bound = self._bound[index]
         if bound is None or bound.key != key:
-            bound = self._bound[index] = self._bind(index, low, feed, key)
+            bound = self._bound[index] = self._bind(index, low, len(counts), feed, key)
         for name, array in feed.items():
             bound.inputs[name][...] = array
+        bound.inputs[self.spec.past_length][...] = starts
         bound.call()
         out = bound.outputs
         if index < len(self._waiting):
@@ -175,12 +171,11 @@ class Decoder:
         cache.append(low, bound.made, counts)
         return Chunk(out[HIDDEN], out.get(LEARNED), counts)
 
-    def _bind(self, index: int, low: int, feed: Feed, key: object) -> _Bound:
-        """A call of segment `index` on inputs of these shapes."""
+    def _bind(self, index: int, low: int, rows: int, feed: Feed, key: object) -> _Bound:
+        """A call of segment `index` on inputs of these shapes; all positions are active where `feed` names none."""
         self._bound[index] = None  # its memory first
         part, cache = self.manifest.segments[index], self._caches[index]
         chunk = feed[self._chunked[index]].shape[1]
-        rows = len(feed[self.spec.past_length])
         made, outputs = cache.room(rows, chunk)
         for spec in part.carry_out:
             outputs[spec.name] = np.empty((rows, chunk, int(spec.shape[2])), spec.dtype)
@@ -188,7 +183,13 @@ class Decoder:
         outputs[HIDDEN] = np.empty((rows, chunk, width), np.float32)
         if self.manifest.exits[index].learned:
             outputs[LEARNED] = np.empty((rows, chunk), np.float32)
-        inputs = {name: np.empty(array.shape, array.dtype) for name, array in feed.items()}
+        inputs: Feed = {self.spec.past_length: np.empty(rows, np.int64)}
+        if index:
+            inputs[ROWS] = np.arange(rows)
+            inputs[self.spec.active[index - 1]] = np.tile(np.arange(chunk), (rows, 1))
+        if len(self._routing):
+            inputs[self.spec.router_threshold] = np.tile(self._routing, (rows, 1))
+        inputs |= {name: np.empty(array.shape, array.dtype) for name, array in feed.items()}
         call = self._segments[index].bound(inputs | cache.past(low, low + rows), outputs)
         return _Bound(key, call, inputs, outputs, made)
 

@@ -133,6 +133,10 @@ class Stepper:
         """
         decoder = self._decoder
         first, end = low + rows[0], low + rows[-1] + 1
+        copies = self._mode == COPY and not all_active
+        count = int(decoder.filled(index - 1)[first] - decoder.filled(index)[first])
+        if len(rows) == 1 and count <= decoder.max_chunk:  # the usual way at batch 1, in few steps
+            return _last(decoder.advance(index, first, [count], [[count - 1]] if copies else None), [0])
         own = {low + row - first: place for place, row in enumerate(rows)}
         parts: list[tuple[int, NDArray[np.float32], NDArray[np.float32] | None]] = []
         while True:
@@ -143,7 +147,7 @@ class Stepper:
             counts = [min(count, most) for count in left]
             ends = [row for row in own if left[row] == counts[row] > 0]
             active = None
-            if self._mode == COPY and not all_active:
+            if copies:
                 active = [[counts[row] - 1] if row in ends else [] for row in range(len(counts))]
             chunk = decoder.advance(index, first, counts, active)
             if len(ends) == len(own):  # all of them at once, as usual
