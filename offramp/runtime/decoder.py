@@ -90,8 +90,10 @@ class Decoder:
 
     def set_capacity(self, capacity: float) -> None:
         """From now on let this share of FFNs run, 1 for all. Raises OptionError."""
-        self._routing = router_thresholds(self.spec, capacity)
-        self._bound = [None] * len(self._segments)  # they have the thresholds in them
+        thresholds = router_thresholds(self.spec, capacity)
+        if not np.array_equal(thresholds, self._routing):
+            self._routing = thresholds
+            self._bound = [None] * len(self._segments)  # they have the thresholds in them
 
     def move(self, source: int, target: int) -> None:
         """Put a sequence into another slot."""
