@@ -144,6 +144,8 @@ class DecoderSpec:
     past: str  # dimension name of the past ones
     max_positions: int
     stop_tokens: tuple[int, ...] = ()
+    router_threshold: str = ""  # (rows, layers): an FFN runs where its router's score is at least this
+    capacities: dict[str, tuple[float, ...]] = field(default_factory=dict)  # share of FFNs that run -> thresholds
 
 
 @dataclass(frozen=True)
@@ -358,9 +360,7 @@ def _check_consistent(manifest: Manifest, path: Path) -> None:
     for dimension in manifest.trims.values():
         masks = [spec for spec in manifest.inputs if spec.is_mask and spec.shape[1:] == (dimension,)]
         if len(masks) != 1 or dimension not in manifest.dimensions:
-            raise CorruptError(
-                f"{path}: {dimension!r} cannot be trimmed without a mask over it; export the bundle again"
-            )
+            raise CorruptError(f"{path}: {dimension!r} cannot be trimmed without a mask over it; export it again")
     for position, segment in enumerate(segments):
         before = segments[position - 1].carry_out if position else ()
         same = len(before) == len(segment.carry_in)

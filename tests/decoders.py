@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from offramp.export.decoder_source import DecoderLimits, DecoderSource, source_from_decoder
 from offramp.models.decoder import DecoderConfig, EarlyExitDecoder
+from offramp.models.frozen import Additions, decoder_with
 from offramp.models.language_model import fresh_language_model
 from offramp.models.llama import decoder_from_llama
 
@@ -66,8 +67,42 @@ def resolvent_decoder() -> EarlyExitDecoder:
 
 @cache
 def source() -> DecoderSource:
+    return source_of(decoder())
+
+
+def source_of(model: EarlyExitDecoder) -> DecoderSource:
     texts = [[(13 * n + 5 * at * at) % VOCABULARY for at in range(16)] for n in range(4)]
-    return source_from_decoder("tiny", decoder(), texts, DecoderLimits(ROWS, CHUNK, POSITIONS))
+    return source_from_decoder("tiny", model, texts, DecoderLimits(ROWS, CHUNK, POSITIONS))
+
+
+CAPACITIES = (0.9, 0.6, 0.3)
+
+
+@cache
+def adaptive() -> EarlyExitDecoder:
+    """Routers with thresholds, exits with a layer of their own, gates, and 60 tokens that early exits know."""
+    tokens = tuple((11 * n + 4) % VOCABULARY for n in range(60))
+    model = decoder_with(decoder_from_llama(llama()), Additions(EXITS, True, CAPACITIES, 1, tokens), seed=3)
+    model.thresholds.copy_(torch.tensor([[-0.4, -0.5, -0.3], [0.0, 0.1, -0.1], [0.5, 0.3, 0.4]]))
+    return model
+
+
+@cache
+@torch.no_grad()
+def routed_greedy(prompt: tuple[int, ...], num_tokens: int, thresholds: tuple[float, ...]) -> list[int]:
+    """Full depth of the adaptive decoder, one position after another, an FFN where its router says so."""
+    model, text = adaptive(), list(prompt)
+    caches: list[list[tuple[torch.Tensor, torch.Tensor]]] = [[] for _ in range(LAYERS)]
+    for place in range(len(prompt) + num_tokens - 1):
+        hidden = model.embedding(torch.tensor([[text[place]]]))
+        for layer, cached, threshold in zip(model.layers, caches, thresholds, strict=True):
+            hidden = _attention(layer, hidden, cached, place)
+            normed = layer.ffn_norm(hidden)
+            if layer.router(normed).item() >= threshold:
+                hidden = hidden + layer.down(torch.nn.functional.silu(layer.gate(normed)) * layer.up(normed))
+        if place >= len(prompt) - 1:
+            text.append(int(model._said(model.exits[-1], hidden).logits.argmax()))
+    return text[len(prompt) :]
 
 
 @torch.no_grad()
@@ -142,15 +177,36 @@ def scored(tokens: list[int], gates: tuple[float, ...]) -> tuple[list[float], li
 
 def _one_position(layer, hidden, cache, place):
     """One layer on one position; adds its keys and values to the cache."""
+    after = _attention(layer, hidden, cache, place)
+    return after + layer.feed(layer.ffn_norm(after))
+
+
+def _attention(layer, hidden, cache, place):
     past = tuple(torch.cat([pair[part] for pair in cache], 2) if cache else torch.zeros(1, 2, 1, 8) for part in (0, 1))
     places = decoder().places(torch.tensor([place]), (1, past[0].shape[2]), None)
-    after, made = layer(hidden, hidden, places, past)
+    after, made = layer.attend(hidden, hidden, places, past)
     cache.append(made)
     return after
 
 
-def export_to(path: Path) -> Path:
+def export_to(path: Path, model: DecoderSource | None = None) -> Path:
     from offramp.export.export_decoder import export_decoder
 
-    export_decoder(source(), path / "bundle")
+    export_decoder(model or source(), path / "bundle")
     return path / "bundle"
+
+
+@torch.no_grad()
+def adaptive_leaving(
+    prompt: list[int], num_tokens: int, gates: tuple[float, ...], thresholds: torch.Tensor
+) -> tuple[list[int], list[int]]:
+    """Tokens and exits of the adaptive decoder without any cache: the whole text is read again for every token."""
+    model, text, exits = adaptive(), list(prompt), []
+    none = [(torch.zeros(1, 2, 1, 8),) * 2] * model.config.num_remembering
+    for _ in range(num_tokens):
+        active = [torch.arange(len(text))[None]] * (len(EXITS) - 1)
+        said = model(torch.tensor([text]), torch.zeros(1, dtype=torch.int64), active, none, thresholds[None]).exits
+        index = next((k for k, limit in enumerate(gates) if said[k].gate[0, -1] >= limit), len(gates))
+        text.append(int(said[index].logits[0, -1].argmax()))
+        exits.append(index)
+    return text[len(prompt) :], exits

@@ -10,7 +10,7 @@ import pytest
 from click.testing import CliRunner
 
 from offramp.cli import main
-from offramp.commands import training
+from offramp.commands import hierarchical, training
 from offramp.commands.recipes import DEMO, differences, load_recipe, recipe_from_dict, recipe_names, value_from_text
 from offramp.commands.sources import CALIBRATION_TEXTS, source_from_argument
 from offramp.commands.training import TrainRequest, requested_recipe
@@ -32,6 +32,7 @@ FAMILIES = (
     "early-exit-lm-",
     "eat-",
     "efficientnet-",
+    "hierarchical-lm-",
     "patience-",
     "regression-",
 )
@@ -47,6 +48,9 @@ def test_each_recipe_names_what_there_is(name: str) -> None:
     recipe = load_recipe(name, {})
     assert recipe.summary
     assert recipe.data.name in {*TEXTS, *IMAGES, *CORPORA}
+    if recipe.model["kind"] == hierarchical.KIND:
+        assert hierarchical.options_of(recipe).exits
+        return
     kind = KINDS[recipe.model["kind"]]
     options = {key: value for key, value in recipe.model.items() if key not in ("kind", "weights")}
     config = options_from_dict(kind.config, options, name)

@@ -28,6 +28,7 @@ from offramp.errors import OptionError
 @click.option(
     "--threshold", default="", metavar="T[,T…]", help="Max. probability per exit, - closes it.  [the bundle's]"
 )
+@click.option("--capacity", default=1.0, show_default=True, help="Share of FFNs that run, of a model with routers.")
 @click.option("--temperature", default=0.0, show_default="greedy")
 @click.option("--top-k", default=0, show_default="all")
 @click.option("--top-p", default=1.0, show_default=True)
@@ -44,7 +45,9 @@ def generate(bundle: Path, prompts: tuple[str, ...], threshold: str, as_json: bo
 
     policy = Policy.thresholds("max_prob", _limits(threshold)) if threshold else None
     sampling = Sampling(options["temperature"], options["top_k"], options["top_p"], options["seed"])
-    how = GenerateOptions(options["max_new_tokens"], sampling, (), options["mode"], options["draft"])
+    how = GenerateOptions(
+        options["max_new_tokens"], sampling, (), options["mode"], options["draft"], options["capacity"]
+    )
     opening = {name: options[name] for name in ("precision", "threads", "max_batch")}
     with Generator.open(bundle, policy, **opening) as generator:
         if as_json or len(prompts) > 1:

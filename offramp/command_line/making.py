@@ -51,7 +51,14 @@ def export(model: str, output: Path, exits: str, precision: str, as_json: bool, 
     an .onnx pass --learned and --retention.
     """
     from offramp.bundle import ROW_OUTPUTS
-    from offramp.commands.decoders import export_language_model, export_llama, is_decoder, is_language_model
+    from offramp.commands.decoders import (
+        export_language_model,
+        export_llama,
+        export_trained,
+        is_decoder,
+        is_language_model,
+        is_trained,
+    )
     from offramp.commands.sources import source_from_argument
     from offramp.export.export_bundle import ExportOptions, check_target, export_bundle
 
@@ -60,7 +67,8 @@ def export(model: str, output: Path, exits: str, precision: str, as_json: bool, 
     steps = steps_on_stderr(not as_json)
     if is_decoder(Path(model)):
         layers = whole_numbers_from_text(options["layers"], "--layers") if options["layers"] else ()
-        manifest = export_llama(Path(model), output, layers, lowering, steps)
+        export_it = export_trained if is_trained(Path(model)) else export_llama
+        manifest = export_it(Path(model), output, layers, lowering, steps)
         _print_exported(output, manifest.parity["rows"], as_json)
         return
     if is_language_model(Path(model)):

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
 
 from offramp.bundle import Manifest
 from offramp.errors import DataError, OptionError
 from offramp.export.export_bundle import ExportOptions, Progress
+
+if TYPE_CHECKING:
+    from offramp.models.decoder import EarlyExitDecoder
+
+CONFIG, TRAINED_FORMAT = "config.json", "offramp-decoder"
 
 _TEXTS, _TOKENS = 4, 48  # real texts that the segments are verified on, and the tokens of each at most
 _FEWEST_TOKENS = 16  # a chunk of several positions with a past, and then some
@@ -24,11 +31,20 @@ _VERIFYING = (  # when the caller has no text of their own: enough to compare tw
 
 
 def is_decoder(path: Path) -> bool:
-    """Is this a .gguf file, or a directory of `transformers` with a model that generates?"""
-    if path.suffix == ".gguf":
+    """Is this a .gguf file, a directory of `transformers` with a model that generates, or one that was trained here?"""
+    if path.suffix == ".gguf" or is_trained(path):
         return True
-    config = path / "config.json"
+    config = path / CONFIG
     return config.is_file() and "ForCausalLM" in config.read_text(errors="replace")
+
+
+def is_trained(path: Path) -> bool:
+    """Is this a directory that `offramp train hierarchical-lm-…` wrote?"""
+    try:
+        found = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(found, dict) and found.get("format") == TRAINED_FORMAT
 
 
 def export_llama(
@@ -43,10 +59,7 @@ def export_llama(
 
     Raises OptionError, DataError, ModelError, CaptureError, CutError, ParityError or StorageError.
     """
-    from dataclasses import replace
-
-    from offramp.export.decoder_source import source_from_decoder
-    from offramp.export.export_decoder import check_lowerings, export_decoder
+    from offramp.export.export_decoder import check_lowerings
     from offramp.models.llama import decoder_from_llama, load_llama
 
     check_lowerings(options)
@@ -55,17 +68,54 @@ def export_llama(
     total = int(model.config.num_hidden_layers)  # type: ignore[union-attr, arg-type]
     if any(not 0 < layer <= total for layer in layers):
         raise OptionError(f"--layers {','.join(map(str, layers))}: the model has {total} layers; expected 1 to {total}")
-    exits = tuple(sorted({*layers, total}))
     tokens = tokens_to_verify([tokenizer.encode(text) for text in (texts or _VERIFYING)[:_TEXTS]])
-    progress(f"capturing {total} layers with exits after {', '.join(map(str, exits))}")
-    source = source_from_decoder(model_name(path), decoder_from_llama(model, exits), tokens)
-    stop = {tokenizer.eos_token_id, *_as_list(model.config.eos_token_id)} - {None}  # type: ignore[union-attr, arg-type]
-    source = replace(
-        source,
-        decoder=replace(source.decoder, stop_tokens=tuple(sorted(stop))),
-        tokenizer=tokenizer.backend_tokenizer.to_str().encode(),
-    )
-    return export_decoder(source, output, options, progress)
+    stop = {tokenizer.eos_token_id, *as_list(model.config.eos_token_id)} - {None}  # type: ignore[union-attr, arg-type]
+    decoder = decoder_from_llama(model, tuple(sorted({*layers, total})))
+    about = _About(model_name(path), tokens, tokenizer.backend_tokenizer.to_str().encode(), tuple(sorted(stop)))
+    return _export(decoder, about, output, options, progress)
+
+
+def export_trained(
+    path: Path, output: Path, layers: Sequence[int], options: ExportOptions, progress: Progress
+) -> Manifest:
+    """Export what `offramp train hierarchical-lm-…` left at `path`. Raises as `export_llama` does."""
+    from tokenizers import Tokenizer
+
+    from offramp.commands.hierarchical import load_trained
+    from offramp.export.export_decoder import check_lowerings
+
+    if layers:
+        raise OptionError(f"--layers {','.join(map(str, layers))}: {path} has the exits that it was trained with")
+    check_lowerings(options)
+    progress("loading")
+    trained = load_trained(path)
+    tokenizer = Tokenizer.from_str(trained.tokenizer.decode())
+    tokens = tokens_to_verify([tokenizer.encode(text).ids for text in _VERIFYING])
+    about = _About(trained.name, tokens, trained.tokenizer, trained.stop_tokens)
+    return _export(trained.decoder, about, output, options, progress)
+
+
+class _About(NamedTuple):
+    """What a bundle says of a decoder beside its graphs, and the tokens that these are verified on."""
+
+    name: str
+    tokens: list[list[int]]
+    tokenizer: bytes
+    stop_tokens: tuple[int, ...]
+
+
+def _export(
+    decoder: EarlyExitDecoder, about: _About, output: Path, options: ExportOptions, progress: Progress
+) -> Manifest:
+    from dataclasses import replace
+
+    from offramp.export.decoder_source import source_from_decoder
+    from offramp.export.export_decoder import export_decoder
+
+    progress(f"capturing {decoder.config.layers} layers with exits after {', '.join(map(str, decoder.config.exits))}")
+    source = source_from_decoder(about.name, decoder, about.tokens)
+    spec = replace(source.decoder, stop_tokens=about.stop_tokens)
+    return export_decoder(replace(source, decoder=spec, tokenizer=about.tokenizer), output, options, progress)
 
 
 def is_language_model(path: Path) -> bool:
@@ -130,5 +180,6 @@ def tokens_to_verify(encoded: Sequence[Sequence[int]]) -> list[list[int]]:
     return [list(tokens[:common]) for tokens in encoded]
 
 
-def _as_list(value: int | Sequence[int] | None) -> Sequence[int]:
+def as_list(value: int | Sequence[int] | None) -> Sequence[int]:
+    """What a config has as a number, as several, or not at all."""
     return [value] if isinstance(value, int) else (value or [])

@@ -13,6 +13,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from offramp.commands.decoders import is_trained
+from offramp.commands.hierarchical import KIND as HIERARCHICAL
+from offramp.commands.hierarchical import recipe_in, train_hierarchical
 from offramp.commands.recipes import DEMO, DataOptions, Recipe, differences, load_recipe, recipe_from_dict
 from offramp.commands.sources import CALIBRATION_ARRAYS, CALIBRATION_TEXTS
 from offramp.errors import DataError, OptionError
@@ -28,6 +31,7 @@ from offramp.models.data import (
     load_values,
     split_texts,
     text_rows,
+    texts_of,
 )
 from offramp.models.datasets import TEXTS
 from offramp.models.images import IMAGES, ImageSplits
@@ -89,7 +93,7 @@ def _with_distil_epochs(stages: tuple[Stage, ...], epochs: int) -> tuple[Stage, 
 
 def resumed_recipe(output: Path, request: TrainRequest) -> Recipe:
     """Return the recipe of the interrupted run; OptionError if the command line asks for another one."""
-    before = load_snapshot(output).extra.get("recipe")
+    before = recipe_in(output) if is_trained(output) else load_snapshot(output).extra.get("recipe")
     if before is None:
         raise DataError(f"resuming {output}: it was not trained from a recipe; train again without resuming")
     recipe = recipe_from_dict(before, f"recipe of {output}")
@@ -103,6 +107,10 @@ def resumed_recipe(output: Path, request: TrainRequest) -> Recipe:
 
 def train_recipe(output: Path, recipe: Recipe, resume: bool = False, progress: bool = False) -> TrainReport:
     """Train a recipe into `output`, or go on where it was killed. Raises as `train_checkpoint` does."""
+    if recipe.model["kind"] == HIERARCHICAL:
+        texts = load_splits(recipe)
+        assert isinstance(texts, TextSplits)
+        return train_hierarchical(output, recipe, texts_of(texts.train), resume, progress)
     with tempfile.TemporaryDirectory() as scratch:  # a tokenizer of our own lies there until it is saved
         return _train_recipe(output, recipe, Path(scratch), resume, progress)
 
@@ -133,7 +141,7 @@ def kind_of(recipe: Recipe) -> Kind:
 def load_splits(recipe: Recipe) -> Splits:
     """Return what the recipe learns from, shared out; a named data set is shared out the same way for every run."""
     data = recipe.data
-    if kind_of(recipe).is_language_model:
+    if recipe.model["kind"] != HIERARCHICAL and kind_of(recipe).is_language_model:
         return load_corpus(data)
     if data.name in IMAGES:
         images = IMAGES[data.name](Path(data.path), data.seed)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import numpy as np
@@ -19,7 +19,7 @@ from offramp.export.chain import Arrays, open_session
 from offramp.export.roles import Roles
 from offramp.export.source import ModelSource, input_specs
 
-INPUT_IDS, PAST_LENGTH, ACTIVE = "input_ids", "past_length", "active_"
+INPUT_IDS, PAST_LENGTH, ACTIVE, ROUTER_THRESHOLD = "input_ids", "past_length", "active_", "router_threshold"
 PAST_OF = "past_"  # before the name of a state
 CHUNK, PAST = "chunk", "past"
 _EXAMPLE_ROWS, _EXAMPLE_CHUNK, _EXAMPLE_PAST = 3, 6, 8
@@ -29,12 +29,16 @@ _ATOL = _RTOL = 1e-2  # graph against model, as export/capture.py
 class DecoderModel(Protocol):
     """What can be captured: an EarlyExitDecoder of offramp.models, or a module with the same forward and config.
 
-    `config` has exits (numbers of layers), gated, max_positions, and states: name, heads and width of what a layer
-    remembers of a position.
+    `config` has exits (numbers of layers), gated, max_positions, states (name, heads and width of what a layer
+    remembers of a position), num_remembering (layers that do, those of exits included) and capacities; `thresholds`
+    (capacities, layers) is what its routers must reach.
     """
 
     @property
     def config(self) -> Any: ...
+
+    @property
+    def thresholds(self) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -95,7 +99,17 @@ def source_from_decoder(
     late = tuple(name for name in names if name != INPUT_IDS)
     roles = Roles(gates, late, states, {f"logits_{k}": f"hidden_{k}" for k in exits})
     active = tuple(name for name in names if name.startswith(ACTIVE))
-    return DecoderSource(source, roles, DecoderSpec(INPUT_IDS, PAST_LENGTH, active, CHUNK, PAST, most))
+    spec = DecoderSpec(INPUT_IDS, PAST_LENGTH, active, CHUNK, PAST, most)
+    return DecoderSource(source, roles, replace(spec, **_routing(model)))
+
+
+def _routing(model: DecoderModel) -> dict[str, Any]:
+    """What a bundle says about routers: nothing of a decoder without."""
+    if not model.config.capacities:
+        return {}
+    rows = [tuple(float(value) for value in row) for row in model.thresholds]
+    shares = [f"{share:g}" for share in model.config.capacities]
+    return {"router_threshold": ROUTER_THRESHOLD, "capacities": dict(zip(shares, rows, strict=True))}
 
 
 class _FlatDecoder(_Flat):
@@ -105,15 +119,17 @@ class _FlatDecoder(_Flat):
         model: Any = self.model
         num_exits = len(model.config.exits)
         ids, lengths, *rest = inputs
+        threshold = (rest.pop(0),) if model.config.capacities else ()
         size = len(model.config.states)
         past = [tuple(rest[start : start + size]) for start in range(num_exits - 1, len(rest), size)]
-        said = self.model(ids, lengths, rest[: num_exits - 1], past)
+        said = self.model(ids, lengths, rest[: num_exits - 1], past, *threshold)
         answers = [tensor for leave in said.exits for tensor in leave if tensor is not None]
         return (*answers, *(tensor for layer in said.present for tensor in layer))
 
 
 def _states(model: DecoderModel) -> list[str]:
-    return [f"{state.name}_{layer}" for layer in range(model.config.exits[-1]) for state in model.config.states]
+    layers = range(model.config.num_remembering)
+    return [f"{state.name}_{layer}" for layer in layers for state in model.config.states]
 
 
 def _output_names(model: DecoderModel) -> list[str]:
@@ -134,18 +150,26 @@ def _example(
         INPUT_IDS: torch.tensor(rows),
         PAST_LENGTH: torch.tensor([_EXAMPLE_PAST, 0, _EXAMPLE_PAST // 2]),
     }
+    if config.capacities:
+        inputs[ROUTER_THRESHOLD] = _middle_thresholds(model, _EXAMPLE_ROWS)
     dynamic: dict[str, dict[int, str]] = {INPUT_IDS: {1: CHUNK}}
     spans = dict(ranges)
     for k in range(1, len(config.exits)):
         inputs[f"{ACTIVE}{k}"] = torch.zeros(_EXAMPLE_ROWS, 2, dtype=torch.int64)
         dynamic[f"{ACTIVE}{k}"] = {1: f"{ACTIVE}{k}"}
         spans[f"{ACTIVE}{k}"] = ranges[CHUNK]
-    for layer in range(config.exits[-1]):
+    for layer in range(config.num_remembering):
         for state in config.states:
             name = f"{PAST_OF}{state.name}_{layer}"
             inputs[name] = torch.randn(_EXAMPLE_ROWS, state.heads, _EXAMPLE_PAST, state.width, generator=random)
             dynamic[name] = {2: PAST}
     return Example(inputs, dynamic, spans, max_rows)
+
+
+def _middle_thresholds(model: DecoderModel, rows: int) -> Tensor:
+    """Thresholds that let some FFNs run and others not, (rows, layers)."""
+    middle: Tensor = model.thresholds[len(model.thresholds) // 2]
+    return middle.detach().repeat(rows, 1)
 
 
 def _captured(model: DecoderModel, example: Example, opset: int) -> ModelProto:
@@ -186,11 +210,13 @@ def _batches(
     empty = [np.zeros((rows, state.heads, 1, state.width), np.float32) for state in config.states]
     everything = np.tile(np.arange(half), (rows, 1))
     first: Arrays = {INPUT_IDS: ids[:, :half], PAST_LENGTH: np.zeros(rows, np.int64)}
-    first |= dict(zip(states.values(), empty * config.exits[-1], strict=True))
+    first |= dict(zip(states.values(), empty * config.num_remembering, strict=True))
+    routing = {ROUTER_THRESHOLD: _middle_thresholds(model, rows).numpy()} if config.capacities else {}
+    first |= routing
     active = [f"{ACTIVE}{k}" for k in range(1, len(config.exits))]
     first |= dict.fromkeys(active, everything)
     made = dict(zip(states.values(), session.run(list(states), first), strict=True))
     lengths = half - np.arange(rows) % 3
-    second: Arrays = {INPUT_IDS: ids[:, half : 2 * half], PAST_LENGTH: lengths, **made}
+    second: Arrays = {INPUT_IDS: ids[:, half : 2 * half], PAST_LENGTH: lengths, **made, **routing}
     second |= dict.fromkeys(active, everything[:, (half - 1) % 2 :: 2].copy())
     return (second,)

@@ -8,7 +8,7 @@ arXiv 2207.07061, section 3.3). `resolvent_block.py` says what becomes of them i
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, NamedTuple, get_args
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from offramp.errors import OptionError
+from offramp.models.adapters import DraftVocabulary
 from offramp.models.resolvent_block import Experts, ResolventLayer, Sites
+from offramp.models.routers import EVERYBODY, add_where
 
 # Added to the scores of positions that must not be seen: finite for FP16 (models/encoder.py says why).
 MASKED_SCORE = -1e4
@@ -38,7 +40,10 @@ class DecoderConfig:
 
     `exits` are numbers of layers in increasing order; layers above the last one are dropped. `gated`: every exit but
     the final one has a gate. `tied`: the heads are the embedding table; else each exit has its own. A ResNet-BK block
-    has `num_experts` of which each position asks `top_k`, and no heads. Raises OptionError.
+    has `num_experts` of which each position asks `top_k`, and no heads. With `capacities` a router per layer says whose
+    FFN runs; there are thresholds for these shares of all (routers.py). Exits before the final one may have
+    `own_layers`, which nobody else passes, and a `draft_vocabulary`, the tokens that they know (0: all; adapters.py).
+    Raises OptionError.
     """
 
     vocabulary: int
@@ -57,6 +62,9 @@ class DecoderConfig:
     num_experts: int = 4
     top_k: int = 1
     dropout: float = 0.0
+    capacities: tuple[float, ...] = ()
+    own_layers: int = 0
+    draft_vocabulary: int = 0
 
     def __post_init__(self) -> None:
         increasing = all(low < high for low, high in zip((0, *self.exits), self.exits, strict=False))
@@ -73,6 +81,13 @@ class DecoderConfig:
             raise OptionError(
                 f"decoder: got block {self.block!r}, top_k {self.top_k} of {self.num_experts} experts, dropout "
                 f"{self.dropout}; expected one of {', '.join(get_args(Block))}, at least 1 of them, a number in [0, 1)"
+            )
+        if any(not 0 < share <= 1 for share in self.capacities):
+            raise OptionError(f"capacities: got {self.capacities}, expected shares of FFNs in (0, 1]")
+        if self.own_layers < 0 or not 0 <= self.draft_vocabulary <= self.vocabulary:
+            raise OptionError(
+                f"decoder: got own_layers {self.own_layers}, draft_vocabulary {self.draft_vocabulary}; expected 0 or "
+                f"more, and at most {self.vocabulary} tokens"
             )
 
     @property
@@ -92,6 +107,11 @@ class DecoderConfig:
         """Width of one head."""
         return self.head_width or self.width // self.heads
 
+    @property
+    def num_remembering(self) -> int:
+        """How many layers have states, those of exits included."""
+        return self.exits[-1] + self.own_layers * (len(self.exits) - 1)
+
 
 class ExitSaid(NamedTuple):
     """What one exit says about the T positions of a chunk; it means something for those active until there."""
@@ -105,7 +125,8 @@ class Said(NamedTuple):
     """What a decoder says about a chunk of T new positions in each of N rows."""
 
     exits: list[ExitSaid]
-    present: list[tuple[Tensor, ...]]  # per layer, its states of the new positions, (N, heads, T, width) each
+    # Per layer, its states of the new positions, (N, heads, T, width) each; layers of an exit behind those before it.
+    present: list[tuple[Tensor, ...]]
 
 
 class Places(NamedTuple):
@@ -147,23 +168,42 @@ class DecoderLayer(nn.Module):
         self.up = nn.Linear(width, config.ffn, bias=False)
         self.down = nn.Linear(config.ffn, width, bias=False)
         self.dropout = nn.Dropout(config.dropout)
+        self.router = nn.Linear(width, 1) if config.capacities else None
 
     def forward(
-        self, active: Tensor, chunk: Tensor, places: Places, past: tuple[Tensor, ...]
+        self,
+        active: Tensor,
+        chunk: Tensor,
+        places: Places,
+        past: tuple[Tensor, ...],
+        threshold: Tensor | None = None,
     ) -> tuple[Tensor, tuple[Tensor, ...]]:
         """From the active positions (N, A, d) before the layer to those after it, and the chunk's keys and values.
 
         `chunk` (N, T, d) holds the hidden states at the last exit; active ones have gone on since. `past` has keys and
-        values (N, K, P, D).
+        values (N, K, P, D). The FFN runs where the router's score reaches `threshold` (N,), everywhere without one.
         """
+        active, made = self.attend(active, chunk, places, past)
+        normed = self.ffn_norm(active)
+        if threshold is None or self.router is None:
+            return active + self.feed(normed), made
+        chosen = self.router(normed)[..., 0] >= threshold[:, None]  # (N, A)
+        return add_where(active, normed, chosen, self.feed), made
+
+    def attend(
+        self, active: Tensor, chunk: Tensor, places: Places, past: tuple[Tensor, ...]
+    ) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """What `forward` does before the FFN."""
         normed = self.attention_norm(active if places.active is None else chunk.index_put(places.active, active))
         keys = turned(self._heads(self.key(normed)), places.key_turn).transpose(1, 2)  # (N, K, T, D)
         values = self._heads(self.value(normed)).transpose(1, 2)
         queries = self.query(normed if places.active is None else normed[places.active])
-        active = active + self.dropout(self.out(self._attended(queries, keys, values, places, past)))
-        normed = self.ffn_norm(active)
-        inner = functional.silu(self.gate(normed)) * self.up(normed)
-        return active + self.dropout(self.down(inner)), (keys, values)
+        return active + self.dropout(self.out(self._attended(queries, keys, values, places, past))), (keys, values)
+
+    def feed(self, normed: Tensor) -> Tensor:
+        """The FFN of normalised states (…, d)."""
+        fed: Tensor = self.dropout(self.down(functional.silu(self.gate(normed)) * self.up(normed)))
+        return fed
 
     def _heads(self, projected: Tensor) -> Tensor:
         """(N, T, K x D) to (N, T, K, D)."""
@@ -188,13 +228,18 @@ class DecoderLayer(nn.Module):
 
 
 class DecoderExit(nn.Module):
-    """What stands at an exit, except its vocabulary head."""
+    """What stands at an exit: its own layers, normalisation, gate and vocabulary."""
 
-    def __init__(self, config: DecoderConfig, gated: bool) -> None:
+    def __init__(self, config: DecoderConfig, is_final: bool) -> None:
         super().__init__()
+        own = 0 if is_final else config.own_layers
+        known = 0 if is_final else config.draft_vocabulary
+        self.layers = nn.ModuleList(_layer(replace(config, capacities=())) for _ in range(own))
         self.norm = RmsNorm(config.width, config.norm_eps)
-        self.gate = nn.Linear(config.width, 1) if gated else None
-        self.head = None if config.tied else nn.Linear(config.width, config.vocabulary, bias=False)
+        self.gate = nn.Linear(config.width, 1) if config.gated and not is_final else None
+        has_own_head = known > 0 or not config.tied
+        self.head = nn.Linear(config.width, known or config.vocabulary, bias=False) if has_own_head else None
+        self.draft = DraftVocabulary(config.vocabulary, known) if known else None
 
 
 class EarlyExitDecoder(nn.Module):
@@ -202,6 +247,7 @@ class EarlyExitDecoder(nn.Module):
 
     cosines: Tensor
     sines: Tensor
+    thresholds: Tensor | None  # (capacities, L): what routers must reach, for each of config.capacities
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__()
@@ -209,7 +255,9 @@ class EarlyExitDecoder(nn.Module):
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         self.dropout = nn.Dropout(config.dropout)
         self.layers = nn.ModuleList(_layer(config) for _ in range(config.exits[-1]))
-        self.exits = nn.ModuleList(DecoderExit(config, config.gated and at != config.exits[-1]) for at in config.exits)
+        self.exits = nn.ModuleList(DecoderExit(config, at == config.exits[-1]) for at in config.exits)
+        shape = len(config.capacities), config.exits[-1]
+        self.register_buffer("thresholds", torch.full(shape, EVERYBODY) if config.capacities else None)
         self.set_turns(torch.outer(torch.arange(config.max_positions), _frequencies(config.head_size)))
 
     def set_turns(self, angles: Tensor, scale: float = 1.0) -> None:
@@ -224,34 +272,46 @@ class EarlyExitDecoder(nn.Module):
         past_length: Tensor | None = None,
         active: Sequence[Tensor] | None = None,
         past: Sequence[tuple[Tensor, ...]] = (),
+        threshold: Tensor | None = None,
     ) -> Said:
         """Read a chunk of new tokens input_ids (N, T), which follow past_length (N,) positions; without it, none.
 
         `active` has one (N, A) per exit but the final one: which of the T positions go on from there, ascending; None:
         all. `past` has per layer its states (N, heads, P, width), P >= past_length; what lies behind past_length is not
-        seen. Chunks are padded at their end: nobody sees what comes later.
+        seen. Chunks are padded at their end: nobody sees what comes later. `threshold` (N, L) is what routers must
+        reach for an FFN to run; without it all do.
         """
         if past_length is None:
             past_length, past = torch.zeros_like(input_ids[:, 0]), self._nothing(len(input_ids))
         shape = input_ids.shape[1], past[0][0].shape[2]
         hidden = self.dropout(self.embedding(input_ids))  # (N, T, d)
-        said, present, depth = Said([], []), [], 0
+        present: list[tuple[Tensor, ...]] = []
+        said, depth = Said([], present), 0
+        limits: Sequence[tuple[Tensor, ...]] = [()] * self.config.exits[-1]
+        if threshold is not None:
+            limits = [(limit,) for limit in threshold.unbind(1)]
         for index, (until, leave) in enumerate(zip(self.config.exits, self.exits, strict=True)):
             places = self.places(past_length, shape, active[index - 1] if index and active else None)
             now = hidden if places.active is None else hidden[places.active]  # (N, A, d)
-            for layer in self.layers[depth:until]:
-                now, made = layer(now, hidden, places, past[depth])
+            for layer, limit in zip(self.layers[depth:until], limits[depth:until], strict=True):
+                now, made = layer(now, hidden, places, past[len(present)], *limit)
                 present.append(made)
-                depth += 1
+            depth = until
             hidden = now if places.active is None else hidden.index_put(places.active, now)
-            said.exits.append(self._said(leave, hidden))
-        return Said(said.exits, present)
+            assert isinstance(leave, DecoderExit)
+            shown = hidden  # (N, T, d): what the exit looks at
+            for layer in leave.layers:
+                now, made = layer(now, shown, places, past[len(present)])
+                present.append(made)
+                shown = now if places.active is None else shown.index_put(places.active, now)
+            said.exits.append(self._said(leave, shown))
+        return said
 
     def _nothing(self, rows: int) -> list[tuple[Tensor, ...]]:
         """A past of one position that nobody sees: an operator on no positions at all is a case that nobody tests."""
         weight = self.embedding.weight
         empty = tuple(weight.new_zeros(rows, state.heads, 1, state.width) for state in self.config.states)
-        return [empty] * len(self.layers)
+        return [empty] * self.config.num_remembering
 
     def places(self, past_length: Tensor, shape: tuple[int, int], active: Tensor | None) -> Places | Sites:
         """What the layers of a segment need to know; `shape` is T, P."""
@@ -281,12 +341,11 @@ class EarlyExitDecoder(nn.Module):
         mask = torch.where(seen, 0.0, MASKED_SCORE)
         return Places(index, (query_turn[0], query_turn[1]), (key_turn[0], key_turn[1]), mask)
 
-    def _said(self, leave: nn.Module, hidden: Tensor) -> ExitSaid:
-        assert isinstance(leave, DecoderExit)
+    def _said(self, leave: DecoderExit, hidden: Tensor) -> ExitSaid:
         normed = leave.norm(hidden)
-        head = self.embedding.weight if leave.head is None else leave.head.weight
+        logits = functional.linear(normed, self.embedding.weight if leave.head is None else leave.head.weight)
         gate = None if leave.gate is None else leave.gate(normed)[..., 0].sigmoid()
-        return ExitSaid(functional.linear(normed, head), normed, gate)
+        return ExitSaid(logits if leave.draft is None else leave.draft(logits), normed, gate)
 
 
 def _layer(config: DecoderConfig) -> nn.Module:

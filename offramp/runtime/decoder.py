@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from offramp.bundle import HIDDEN, INVERSE_TEMPERATURE, LEARNED, ROWS, SCORES, ExitSpec, Manifest, read_file
 from offramp.errors import BackendError, BundleError, InputError, OptionError
+from offramp.runtime.capacity import router_thresholds
 from offramp.runtime.engine import SegmentOutput
 from offramp.runtime.kv_cache import HiddenStore, KeyValueCache
 
@@ -71,6 +72,7 @@ class Decoder:
         self._caches = [KeyValueCache(part.states, slots, spec.max_positions) for part in manifest.segments]
         width = [int(part.carry_out[0].shape[2]) for part in manifest.segments[:-1]]
         self._waiting = [HiddenStore(size, slots, spec.max_positions) for size in width]
+        self._routing = router_thresholds(spec, 1)
         self.num_exits = len(segments)
 
     def filled(self, index: int) -> NDArray[np.int64]:
@@ -85,6 +87,10 @@ class Decoder:
         """Forget all positions of a slot from `length` on, in all segments."""
         for cache in self._caches:
             cache.lengths[slot] = min(cache.lengths[slot], length)
+
+    def set_capacity(self, capacity: float) -> None:
+        """From now on let this share of FFNs run, 1 for all. Raises OptionError."""
+        self._routing = router_thresholds(self.spec, capacity)
 
     def move(self, source: int, target: int) -> None:
         """Put a sequence into another slot."""
@@ -149,6 +155,8 @@ class Decoder:
             raise BackendError("running a decoder: it was closed; open the bundle again")
         cache, high = self._caches[index], low + len(counts)
         starts = cache.lengths[low:high]
+        if len(self._routing):
+            feed[self.spec.router_threshold] = np.tile(self._routing, (len(counts), 1))
         cache.reserve(high, 1)
         key = low, cache.version, len(counts), *[array.shape[-2:] for array in feed.values()]
         bound = self._bound[index]

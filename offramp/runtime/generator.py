@@ -35,6 +35,7 @@ class GenerateOptions:
 
     `stop_tokens` end a text and are not part of it, beside those of the bundle. `draft` is how many tokens are read
     before they are verified (lossless mode): one less is proposed, for full depth says what follows the last one.
+    `capacity` is the share of FFNs that run, where the model has routers.
     """
 
     max_new_tokens: int = 128
@@ -42,6 +43,7 @@ class GenerateOptions:
     stop_tokens: tuple[int, ...] = ()
     mode: str = "deferred"
     draft: int = 4
+    capacity: float = 1.0
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
@@ -181,6 +183,7 @@ class Generator:
         def choose(slot: int, logits: NDArray[np.float32]) -> int:
             return sampled(logits, options.sampling, live[slot].random)
 
+        self.decoder.set_capacity(options.capacity)
         chosen = None if options.sampling.is_greedy else choose
         stepper = Stepper(self.decoder, self.policy, options.mode, options.draft, chosen)
         position = 0
