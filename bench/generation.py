@@ -36,6 +36,7 @@ from offramp.models.llama import default_decoder_path, load_llama
 from offramp.policy import Policy
 from offramp.runtime.generator import GenerateOptions, Generator
 from offramp.runtime.record_texts import measure_token_costs
+from offramp.runtime.text import Detokenizer
 
 OVERHEAD, SPEEDUP, LOSSLESS = 1.05, 2.5, 1.4  # targets
 LOGITS_ATOL = 5e-4  # of logits up to 40, ONNX Runtime against torch; docs/tolerances.md
@@ -80,9 +81,8 @@ class Bench:
     def __init__(self, folder: Path, options: argparse.Namespace) -> None:
         self.folder, self.options, self.threads = folder, options, options.threads
         self.exits = options.bundle or folder / "gated"
-        with Generator.open(self.exits, Policy.full_depth(), threads=self.threads) as generator:
-            most = max(options.prompts, options.lossless_prompts)
-            self.all_prompts = make_prompts(generator, most)
+        tokenizer = Detokenizer((self.exits / "tokenizer.json").read_bytes())
+        self.all_prompts = make_prompts(tokenizer, max(options.prompts, options.lossless_prompts))
         self.prompts = self.all_prompts[: options.prompts]
         self.num_exits = len(load_manifest(self.exits).exits)
 

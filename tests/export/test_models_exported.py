@@ -76,16 +76,25 @@ def inputs_of(kind: str, rows: int) -> dict[str, Tensor]:
     return {"pixels": torch.rand(rows, 1, PIXELS[kind], PIXELS[kind], generator=draw)}
 
 
-@pytest.fixture(scope="module")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("kinds")
-    for kind in KINDS:
+class Bundles(dict[str, Path]):
+    """A bundle for each kind, exported when it is first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __missing__(self, kind: str) -> Path:
         inputs = inputs_of(kind, 12)
         axes: dict[str, Any] = {name: {1: "sequence"} for name in inputs} if "input_ids" in inputs else {}
         example = Example(inputs, axes, {"sequence": (1, 16)} if axes else {})
         source = source_from_model(kind, model_of(kind), example, DEFAULT_OPSET)
-        export_bundle(source, folder / kind, ExportOptions("fp16"))
-    return {kind: folder / kind for kind in KINDS}
+        export_bundle(source, self.folder / kind, ExportOptions("fp16"))
+        self[kind] = self.folder / kind
+        return self[kind]
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return Bundles(tmp_path_factory.mktemp("kinds"))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from offramp.bundle import StateSpec, TensorSpec, load_manifest
-from offramp.errors import BundleError, InputError, OptionError
+from offramp.errors import BackendError, BundleError, InputError, OptionError
 from offramp.policy import Policy, Veto
 from offramp.runtime import Runner
 from offramp.runtime.generator import MODES, GenerateOptions, Generator
@@ -154,6 +154,15 @@ def test_streaming_gives_every_token_once(bundle: Path, expected) -> None:
         for token in generator.stream(decoders.PROMPTS, GenerateOptions(LENGTH)):
             texts.setdefault(token.prompt, []).append(token.token)
         assert [texts[number] for number in range(len(expected))] == expected
+
+
+def test_what_onnx_runtime_refuses_says_which_segment_and_shapes(bundle: Path) -> None:
+    with Generator.open(bundle, max_batch=2, threads=1) as generator:
+        generator.decoder.read(0, [[1, 2], [3]])
+        with pytest.raises(BackendError, match=r"running segment 1 of a decoder .*carry_in_0 \(2, 2, 48\)"):
+            generator.decoder.advance(1, 0, [2, 1], [[99], [0]])
+    with pytest.raises(BackendError, match="it was closed"):
+        generator.generate([[1]])
 
 
 def test_what_is_refused(bundle: Path) -> None:

@@ -10,7 +10,8 @@ import pytest
 from click.testing import CliRunner
 
 from offramp.cli import main
-from offramp.errors import InputError, OptionError
+from offramp.commands.scoring import score_texts, windows
+from offramp.errors import DataError, InputError, OptionError
 from offramp.policy import Policy
 from offramp.runtime.scorer import Scored, Scorer, perplexity
 from tests import decoders
@@ -113,6 +114,15 @@ def test_the_command_reports_perplexity_and_exits(decoder_bundle: Path, tmp_path
     assert report["num_tokens"] == 2 * (len(TEXTS[1]) - 1)
     assert sum(report["exit_shares"]) == pytest.approx(1)
     assert report["mean_depth"] == pytest.approx(np.concatenate([text.exit_index for text in wanted]).mean() + 1)
+
+
+def test_a_text_longer_than_the_bundle_takes_becomes_several(decoder_bundle: Path, tmp_path: Path) -> None:
+    with Scorer.open(decoder_bundle, threads=1) as scorer:
+        found = windows(scorer, [list(range(200)), [1, 2]])
+        assert found == [list(range(96)), list(range(96, 192)), list(range(192, 200)), [1, 2]]
+        np.savez(tmp_path / "short.npz", input_ids=np.ones((3, 1), np.int64))
+        with pytest.raises(DataError, match="got 3 texts of one token or none"):
+            score_texts(scorer, str(tmp_path / "short.npz"))
 
 
 def test_what_is_refused(decoder_bundle: Path) -> None:

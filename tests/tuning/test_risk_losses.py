@@ -1,8 +1,10 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from traces import random_trace, trace_by_hand, trace_from_logits
 
-from offramp.certificate import RISKS
+from offramp.certificate import RISKS, VALUED
 from offramp.errors import DataError, OptionError
 from offramp.trace import UNKNOWN
 from offramp.tuning.losses import COUNTED, losses_from_trace
@@ -55,6 +57,10 @@ def test_probabilities_are_those_at_the_policy_s_temperatures():
 @pytest.mark.parametrize("risk", RISKS)
 def test_full_depth_loses_nothing_and_no_loss_is_above_one(risk):
     trace = random_trace(300, 3, seed=2)
+    if risk in VALUED:
+        nothing = {"predictions": np.zeros_like(trace.predictions), "labels": np.full(300, UNKNOWN)}
+        targets = trace.labels.astype(np.float32)
+        trace = replace(trace, logits=trace.logits[:, :, :1], targets=targets, **nothing)
     table = losses_from_trace(trace, risk, UNSCALED, 2 if risk == "missed_detection" else UNKNOWN)
     assert (table.values[:, -1] == 0).all()
     assert -1 <= table.values.min() <= table.values.max() <= 1
