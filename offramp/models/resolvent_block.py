@@ -28,8 +28,9 @@ class Sites(NamedTuple):
 class Experts(nn.Module):
     """Feed-forward networks of which each position asks the `top_k` that a router thinks most of.
 
-    All experts are computed for all positions, and those that were not asked weigh nothing: with four small ones that
-    is faster than gathering positions by expert, for one position and for 128 (bench/resolvent.py, "experts").
+    All are computed for all positions, and those that were not asked weigh nothing. With four of 128 x 256 that takes
+    two thirds of the time of gathering positions by expert for one position, as long for 8, and four to five times as
+    long for 128 (bench/resolvent.py); but gathering needs NonZero, which TensorRT-RTX has not.
     """
 
     def __init__(self, width: int, inner: int, num_experts: int, top_k: int) -> None:
@@ -80,12 +81,12 @@ class ResolventLayer(nn.Module):
         with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
             potential = self.potential(said.float())[..., 0]  # (N, A)
             left = resolvent_diagonal(potential) if self.two_sided else causal_resolvent(potential, before)
-            if places.active is None:
-                mine = left  # (N, A, 2)
-            else:
-                left = handed_on(torch.cat([before[:, None], left], 1), places.active, chunk.shape[1])  # (N, T, 2)
-                mine = left[places.active]
-        return active + self.dropout(said + self.out(mine)), (left[:, None],)
+            if places.active is not None:
+                left = handed_on(torch.cat([before[:, None], left], 1), places.active, chunk)
+        state = left[:, None]  # (N, 1, T, 2)
+        mine = state[:, 0]  # read off the state, so that it belongs to the exit on whose way it is made
+        mine = mine if places.active is None else mine[places.active]  # (N, A, 2)
+        return active + self.dropout(said + self.out(mine)), (state,)
 
 
 def last_of(past: Tensor, length: Tensor) -> Tensor:
@@ -95,11 +96,15 @@ def last_of(past: Tensor, length: Tensor) -> Tensor:
     return torch.where(length[:, None] > 0, last, torch.zeros_like(last))
 
 
-def handed_on(values: Tensor, active: tuple[Tensor, Tensor], chunk: int) -> Tensor:
-    """The L of all positions of a chunk (N, T, 2) from that before it and those of the active ones, (N, 1 + A, 2)."""
-    is_active = torch.zeros(len(values), chunk, dtype=torch.int64, device=values.device)
-    is_active = is_active.index_put(active, torch.ones_like(active[1]))
-    return values[active[0], is_active.cumsum(1)]
+def handed_on(values: Tensor, active: tuple[Tensor, Tensor], chunk: Tensor) -> Tensor:
+    """The L of all positions of a chunk (N, T, 2) from that before it and those of the active ones, (N, 1 + A, 2).
+
+    `chunk` (N, T, d) says how long it is.
+    """
+    nobody = chunk[..., 0].isnan()  # (N, T), of the hidden states because a segment has nothing else of that length
+    is_active = nobody.index_put(active, torch.ones_like(active[1], dtype=torch.bool))
+    latest = is_active.long().cumsum(1)  # (N, T), in `values`
+    return values.gather(1, torch.stack([latest, latest], -1))
 
 
 def balance_loss(chances: Tensor, weights: Tensor) -> Tensor:
