@@ -28,8 +28,9 @@ from torch.nn import functional
 
 from offramp.commands.decoders import export_language_model
 from offramp.export.export_bundle import ExportOptions
-from offramp.models.checkpoint import load_checkpoint
+from offramp.models.checkpoint import is_checkpoint, load_checkpoint
 from offramp.models.corpora import load_shakespeare, token_rows
+from offramp.models.snapshot import TRAINING_FILE
 from offramp.policy import Policy
 from offramp.runtime.generator import GenerateOptions, Generator
 
@@ -170,6 +171,11 @@ def prompts_for(checkpoint: Path, count: int, length: int = 24) -> list[list[int
     return [[int(token) for token in row[:length]] for row in rows.tokens[:: max(1, len(rows.tokens) // count)][:count]]
 
 
+def is_trained(checkpoint: Path) -> bool:
+    """Tell whether a training is there and finished."""
+    return is_checkpoint(checkpoint) and not (checkpoint / TRAINING_FILE).exists()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--folder", type=Path, default=Path(__file__).parent / "work" / "lm", help="the checkpoints")
@@ -180,7 +186,7 @@ def main() -> None:
     windows, tokens, rounds = (60, 24, 3) if options.quick else (options.windows, 96, 9)
     result: dict[str, Any] = {"machine": describe_machine(), "windows": windows}
     for name in ("early-exit", "early-exit-bk"):
-        if (options.folder / name).is_dir():
+        if is_trained(options.folder / name):
             losses, sure, config = exits_of(options.folder / name, windows)
             table: dict[str, Any] = early_exit_table(losses, sure, config.exits)
             clock = measured(options.folder / name, prompts_for(options.folder / name, rounds + 1), tokens, rounds)
@@ -188,7 +194,7 @@ def main() -> None:
                 table.setdefault(threshold, {}).update(found)
             result[name] = table
     for name in ("routed-aux", "routed-deep", "standard-3", "standard-1"):
-        if (options.folder / name).is_dir():
+        if is_trained(options.folder / name):
             losses, sure, config = exits_of(options.folder / name, windows)
             if name.startswith("standard"):
                 result[name] = {"perplexity": perplexity(losses, left_at(sure, None))}
