@@ -27,10 +27,10 @@ from tokenizers import Tokenizer
 from torch.nn import functional
 
 from offramp.commands.decoders import export_language_model
+from offramp.commands.sweep_run import is_trained
 from offramp.export.export_bundle import ExportOptions
-from offramp.models.checkpoint import is_checkpoint, load_checkpoint
+from offramp.models.checkpoint import load_checkpoint
 from offramp.models.corpora import load_shakespeare, token_rows
-from offramp.models.snapshot import TRAINING_FILE
 from offramp.policy import Policy
 from offramp.runtime.generator import GenerateOptions, Generator
 
@@ -169,11 +169,6 @@ def prompts_for(checkpoint: Path, count: int, length: int = 24) -> list[list[int
     assert found.tokenizer_path is not None
     rows = token_rows(Tokenizer.from_file(str(found.tokenizer_path)), load_shakespeare().test, found.max_length)
     return [[int(token) for token in row[:length]] for row in rows.tokens[:: max(1, len(rows.tokens) // count)][:count]]
-
-
-def is_trained(checkpoint: Path) -> bool:
-    """Tell whether a training is there and finished."""
-    return is_checkpoint(checkpoint) and not (checkpoint / TRAINING_FILE).exists()
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle import LEARNED, SCORES
+from offramp.bundle import LEARNED, SCORES, Manifest
 from offramp.errors import OptionError
 
 SCHEMA = 2  # 1 had a score, thresholds and temperatures only, and is read as what it says
@@ -244,6 +244,13 @@ class Policy:
             )
         for policy in self.sources.values():
             policy.check_learned(has_learned)
+
+    def check_model(self, manifest: Manifest) -> None:
+        """Raise OptionError unless this is a policy for the model of `manifest`."""
+        self.check_exits(len(manifest.exits))
+        self.check_learned([bool(spec.learned) for spec in manifest.exits])
+        if manifest.is_regression:
+            self.check_values()
 
     def to_json(self) -> str:
         """The policy as JSON; `from_json` gives back exactly this policy."""

@@ -101,7 +101,7 @@ def routed_greedy(prompt: tuple[int, ...], num_tokens: int, thresholds: tuple[fl
             if layer.router(normed).item() >= threshold:
                 hidden = hidden + layer.down(torch.nn.functional.silu(layer.gate(normed)) * layer.up(normed))
         if place >= len(prompt) - 1:
-            text.append(int(model._said(model.exits[-1], hidden).logits.argmax()))
+            text.append(int(model.said(model.exits[-1], hidden).logits.argmax()))
     return text[len(prompt) :]
 
 
@@ -142,7 +142,7 @@ def leaving(
             if left is None or mode == "deferred":
                 hidden = through
             if left is None:
-                said = model._said(leave, hidden)
+                said = model.said(leave, hidden)
                 is_open = depth < LAYERS - 1 and (mode == "deferred" or place >= len(prompt))
                 if depth == LAYERS - 1 or (is_open and said.gate.item() >= gates[depth]):
                     answer, left = int(said.logits.argmax()), depth
@@ -167,7 +167,7 @@ def scored(tokens: list[int], gates: tuple[float, ...]) -> tuple[list[float], li
             through = _one_position(layer, hidden, caches[depth], place)
             if left is None:
                 hidden = through
-                said = model._said(leave, hidden)
+                said = model.said(leave, hidden)
                 if depth == LAYERS - 1 or said.gate.item() >= gates[depth]:
                     left = depth
                     log_probs.append(float(said.logits[0, 0].log_softmax(-1)[following]))

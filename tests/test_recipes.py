@@ -23,7 +23,7 @@ from offramp.models.images import IMAGES
 from offramp.models.kinds import KINDS
 from offramp.models.options import options_from_dict
 from offramp.models.plan import Plan, Stage
-from tests.models.tiny_encoder import tiny_bert, tiny_tokenizer
+from tests.models.tiny_encoder import save_encoder_and_texts
 
 FAMILIES = (
     "branchynet-",
@@ -145,15 +145,7 @@ def test_a_damaged_file_is_told(tmp_path: Path) -> None:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """A recipe of a tiny encoder on a small file."""
-    encoder = tmp_path / "encoder"
-    tiny_bert().save_pretrained(encoder)
-    tiny_tokenizer().save(str(encoder / "tokenizer.json"))
-    lines = [
-        json.dumps({"text": f"{word} film {'very ' * (n % 7)}{n}", "label": word})
-        for n in range(40)
-        for word in ("good", "bad")
-    ]
-    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    encoder = save_encoder_and_texts(tmp_path)
     (tmp_path / "tiny.toml").write_text(
         f'[data]\nname = "{tmp_path}/texts.jsonl"\nmax_length = 16\n'
         f'[model]\nkind = "bert"\nexits = [1, 2]\nweights = "{encoder}"\n'

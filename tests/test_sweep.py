@@ -28,7 +28,7 @@ from offramp.models.options import options_from_dict
 from offramp.policy import Policy
 from offramp.runtime import Runner
 from offramp.trace import Trace
-from tests.models.tiny_encoder import tiny_bert, tiny_tokenizer
+from tests.models.tiny_encoder import save_encoder_and_texts
 
 TRAIN = ("train",)
 
@@ -41,15 +41,7 @@ def run(*arguments: object) -> tuple[int, str, str]:
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """A sweep of a tiny encoder on a small file: dense, and with an exit and the dense one for a teacher."""
-    encoder = tmp_path / "encoder"
-    tiny_bert().save_pretrained(encoder)
-    tiny_tokenizer().save(str(encoder / "tokenizer.json"))
-    lines = [
-        json.dumps({"text": f"{word} film {'very ' * (n % 5)}{n}", "label": word})
-        for n in range(40)
-        for word in ("good", "bad")
-    ]
-    (tmp_path / "texts.jsonl").write_text("\n".join(lines))
+    encoder = save_encoder_and_texts(tmp_path)
     (tmp_path / "recipe.toml").write_text(
         f'[data]\nname = "{tmp_path}/texts.jsonl"\nmax_length = 16\n'
         f'[model]\nkind = "bert"\nexits = [1, 2]\nwindow = 2\nweights = "{encoder}"\n'

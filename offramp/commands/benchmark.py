@@ -24,7 +24,7 @@ from offramp.runtime.timing import interleaved_ms, summary
 from offramp.trace import UNKNOWN
 
 Answer = Callable[[Inputs], NDArray[Any]]  # inputs of N rows -> their classes (N,) int64, or values of a regression
-_WARMUP_ROWS = 20
+WARMUP_ROWS = 20
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,7 @@ def compare(
     sizes = [len(next(iter(inputs.values()))) for inputs in requests]
     timed = [inputs for inputs, size in zip(requests, sizes, strict=True) if size == sizes[0]]
     calls = {name: asking(answer, timed) for name, answer in alternatives.items()}
-    times_ms = interleaved_ms(calls, num_requests, -(-_WARMUP_ROWS // sizes[0]))
+    times_ms = interleaved_ms(calls, num_requests, -(-WARMUP_ROWS // sizes[0]))
     is_value = np.issubdtype(labels.dtype, np.floating)
     known = ~np.isnan(labels) if is_value else labels != UNKNOWN
     measured = {}

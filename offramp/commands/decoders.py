@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -107,8 +108,6 @@ class _About(NamedTuple):
 def _export(
     decoder: EarlyExitDecoder, about: _About, output: Path, options: ExportOptions, progress: Progress
 ) -> Manifest:
-    from dataclasses import replace
-
     from offramp.export.decoder_source import source_from_decoder
     from offramp.export.export_decoder import export_decoder
 
@@ -134,13 +133,10 @@ def export_language_model(
 
     Raises as `export_llama`.
     """
-    from dataclasses import replace
-
     from tokenizers import Tokenizer
 
     from offramp.commands.sources import calibration_texts
-    from offramp.export.decoder_source import DecoderLimits, source_from_decoder
-    from offramp.export.export_decoder import check_lowerings, export_decoder
+    from offramp.export.export_decoder import check_lowerings
     from offramp.models.checkpoint import load_checkpoint
     from offramp.models.corpora import END_OF_TEXT
     from offramp.models.language_model import LanguageModel
@@ -149,19 +145,13 @@ def export_language_model(
     progress("loading")
     checkpoint = load_checkpoint(path)
     assert isinstance(checkpoint.model, LanguageModel) and checkpoint.tokenizer_path is not None  # noqa: PT018
-    tokenizer = Tokenizer.from_file(str(checkpoint.tokenizer_path))
+    content = checkpoint.tokenizer_path.read_bytes()
+    tokenizer = Tokenizer.from_buffer(content)
     chosen = list(texts or calibration_texts(path, ""))[:_TEXTS]
     tokens = tokens_to_verify([tokenizer.encode(text).ids for text in chosen])
-    progress("capturing")
-    limits = DecoderLimits(positions=checkpoint.config.max_positions)
-    source = source_from_decoder(model_name(path), checkpoint.model.decoder, tokens, limits)
     stop = tokenizer.token_to_id(END_OF_TEXT)
-    source = replace(
-        source,
-        decoder=replace(source.decoder, stop_tokens=() if stop is None else (stop,)),
-        tokenizer=checkpoint.tokenizer_path.read_bytes(),
-    )
-    return export_decoder(source, output, options, progress)
+    about = _About(model_name(path), tokens, content, () if stop is None else (stop,))
+    return _export(checkpoint.model.decoder, about, output, options, progress)
 
 
 def model_name(path: Path) -> str:

@@ -6,7 +6,6 @@ deploy it. Accuracy, depth and token retention are read off the traces of test r
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -15,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from offramp.bundle import Manifest
-from offramp.commands.benchmark import Answer, asking, runner_answer, uncut_answer
+from offramp.bundle import Manifest, load_manifest, read_policy
+from offramp.commands.benchmark import WARMUP_ROWS, Answer, asking, runner_answer, uncut_answer
 from offramp.commands.dataset import Inputs, open_rows
-from offramp.commands.sweep_run import Place, Record, State, held, load_record, save_record
-from offramp.commands.sweep_steps import BUNDLE, POLICY, TEST, TEST_TRACE, TRACE, exported, graphs_of
+from offramp.commands.sweep_run import Place, State, done, load_record
+from offramp.commands.sweep_steps import BUNDLE, TEST, TEST_TRACE, TRACE, exported, graphs_of
 from offramp.commands.sweeps import Measure
 from offramp.policy import Policy
 from offramp.runtime import Runner
@@ -28,7 +27,6 @@ from offramp.trace import load_trace
 from offramp.tuning.replay import accuracy, mean_depth, replay
 
 BENCH = "bench"
-_WARMUP_ROWS = 20
 
 
 def bench_folder(folder: Path, point: str, seed: int) -> Path:
@@ -48,21 +46,17 @@ def bench_seed(folder: Path, places: Sequence[Place], measure: Measure) -> State
         "traces": {place.run.name: made.result for place, made in zip(places, traced, strict=True) if made},
         "options": asdict(measure.bench),
     }
-    wanted = dict(json.loads(json.dumps(made_from)))
-    where = bench_folder(folder, places[0].run.point, places[0].run.seed)
-    with held(where) as is_ours:
-        if not is_ours:
-            return "elsewhere"
-        record = load_record(where, BENCH)
-        if record is not None and record.result is not None and record.made_from == wanted:
-            return "done before"
+    first = places[0]
+
+    def make() -> dict[str, Any]:
         result = {place.run.name: on_test_rows(place) for place in places}
         for size in measure.bench.batch_sizes:
-            places[0].say(f"timing {len(places)} models of seed {places[0].run.seed} on requests of {size}")
+            first.say(f"timing {len(places)} models of seed {first.run.seed} on requests of {size}")
             for name, figures in timed(places, manifests, size, measure).items():
                 result[name] |= {f"{figure}_{size}": value for figure, value in figures.items()}
-        save_record(where, BENCH, Record(wanted, result))
-        return "made"
+        return result
+
+    return done(bench_folder(folder, first.run.point, first.run.seed), BENCH, made_from, make, first.say)
 
 
 def timed(
@@ -82,7 +76,7 @@ def timed(
                 answer = uncut_answer(place.path / BUNDLE, manifest, bench.threads)
             calls[place.run.name] = asking(answer, requests_of(place, runner, size, bench.num_rows))
         rounds = -(-bench.num_rows // size)
-        times_ms = interleaved_ms(calls, rounds, -(-_WARMUP_ROWS // size))
+        times_ms = interleaved_ms(calls, rounds, -(-WARMUP_ROWS // size))
     return {
         name: {**summary(times), "rows_per_s": 1e3 * size / float(times.mean())} for name, times in times_ms.items()
     }
@@ -113,8 +107,9 @@ def on_test_rows(place: Place) -> dict[str, Any]:
 
 
 def policy_of(place: Place) -> Policy:
-    """Return the policy of a run's bundle."""
-    return Policy.from_json((place.path / BUNDLE / POLICY).read_bytes())
+    """Return the policy of a run's bundle. Raises BundleError."""
+    bundle = place.path / BUNDLE
+    return Policy.from_json(read_policy(bundle, load_manifest(bundle)))
 
 
 def benched(place: Place) -> dict[str, Any]:

@@ -178,6 +178,29 @@ def save_record(folder: Path, step: str, record: Record) -> None:
     write_file(folder / f"{step}.json", (json.dumps(asdict(record), indent=1) + "\n").encode())
 
 
+def done(
+    where: Path,
+    step: str,
+    made_from: Mapping[str, Any],
+    make: Callable[[], dict[str, Any]],
+    say: Callable[[str], None],
+    is_there: Callable[[], bool] = lambda: True,
+) -> State:
+    """Make a step in the folder `where` unless it is recorded as made from the same, and what it made is there."""
+    wanted = dict(json.loads(json.dumps(made_from)))
+    with held(where) as is_ours:
+        if not is_ours:
+            return "elsewhere"
+        record = load_record(where, step)
+        if record is not None and record.result is not None and record.made_from == wanted and is_there():
+            return "done before"
+        if record is not None and record.result is not None:
+            say(f"{where}: {step} again: what it was made from is another")
+        save_record(where, step, Record(wanted, None))
+        save_record(where, step, Record(wanted, make()))
+        return "made"
+
+
 def sha256_of(file: Path) -> str:
     """Return the hash of a file's content."""
     with file.open("rb") as stream:

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from offramp.bundle import LEARNED, Manifest, load_manifest
+from offramp.bundle import LEARNED, MANIFEST, POLICY, Manifest, load_manifest
 from offramp.commands.calibration import certify_bundle
 from offramp.commands.sources import source_from_argument
-from offramp.commands.sweep_run import Place, Record, State, held, is_trained, load_record, save_record, sha256_of
+from offramp.commands.sweep_run import Place, State, done, is_trained, load_record, sha256_of
 from offramp.commands.sweeps import Measure
 from offramp.commands.traces import TraceRequest, record_bundle, stored_trace
 from offramp.commands.training import load_splits
@@ -30,7 +29,7 @@ from offramp.policy import Policy
 from offramp.storage import write_file
 
 EXPORT, TRACE, CALIBRATE = "export", "trace", "calibrate"
-BUNDLE, TEST_TRACE, POLICY = "bundle", "test.npz", "policy.json"  # of a run's folder and of its bundle
+BUNDLE, TEST_TRACE = "bundle", "test.npz"  # of a run's folder
 VALIDATION, TEST = "validation", "test"
 
 
@@ -50,7 +49,7 @@ def export_run(place: Place, measure: Measure) -> State:
         )
         return {"exits": len(manifest.exits), "rows": {name: file.name for name, file in rows.items()}}
 
-    return done(place, EXPORT, made_from, make, lambda: (place.path / BUNDLE / "manifest.json").is_file())
+    return done(place.path, EXPORT, made_from, make, place.say, lambda: (place.path / BUNDLE / MANIFEST).is_file())
 
 
 def trace_run(place: Place, measure: Measure) -> State:
@@ -75,7 +74,7 @@ def trace_run(place: Place, measure: Measure) -> State:
             made[split] = record_bundle(place.path / BUNDLE, request, output, place.progress)[1]
         return made
 
-    return done(place, TRACE, made_from, make, lambda: (place.path / TEST_TRACE).is_file())
+    return done(place.path, TRACE, made_from, make, place.say, lambda: (place.path / TEST_TRACE).is_file())
 
 
 def calibrate_run(place: Place, measure: Measure) -> State:
@@ -100,29 +99,7 @@ def calibrate_run(place: Place, measure: Measure) -> State:
         policy = record.result.get("policy") if record is not None and record.result is not None else None
         return policy is None or json.loads((bundle / POLICY).read_text()) == policy
 
-    return done(place, CALIBRATE, made_from, make, is_there)
-
-
-def done(
-    place: Place,
-    step: str,
-    made_from: Mapping[str, Any],
-    make: Callable[[], dict[str, Any]],
-    is_there: Callable[[], bool],
-) -> State:
-    """Make a step unless it is recorded as made from the same, and what it made is there."""
-    wanted = dict(json.loads(json.dumps(made_from)))
-    with held(place.path) as is_ours:
-        if not is_ours:
-            return "elsewhere"
-        record = load_record(place.path, step)
-        if record is not None and record.result is not None and record.made_from == wanted and is_there():
-            return "done before"
-        if record is not None and record.result is not None:
-            place.say(f"{place.run.name}: {step} again: what it was made from is another")
-        save_record(place.path, step, Record(wanted, None))
-        save_record(place.path, step, Record(wanted, make()))
-        return "made"
+    return done(place.path, CALIBRATE, made_from, make, place.say, is_there)
 
 
 def exported(place: Place) -> tuple[Manifest | None, dict[str, Path]]:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel
 
-from offramp.errors import DataError, ModelError, OptionError
+from offramp.errors import DataError, ModelError
 from offramp.models.encoder import quiet_transformers, set_dropout
-from offramp.models.heads import Pooling, Tokens, check_exits, check_pooling, exit_head, mean_weights
+from offramp.models.heads import Pooling, Tokens, check_head_options, exit_head, mean_weights
 from offramp.models.window_attention import additive
 
 MODEL_TYPE = "model_type"  # what AutoConfig knows a configuration by
@@ -34,13 +34,7 @@ class AttachedConfig:
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        check_exits(self.exits, 0)
-        if self.num_classes < 2:
-            raise OptionError(f"num_classes: got {self.num_classes}, expected 2 or more")
-        check_pooling("pooling", self.pooling)
-        check_pooling("early_pooling", self.early_pooling)
-        if not 0.0 <= self.dropout < 1.0:
-            raise OptionError(f"dropout: got {self.dropout}, expected a number in [0, 1)")
+        check_head_options(self.exits, self.num_classes, (self.early_pooling, self.pooling), self.dropout)
 
 
 class AttachedExits(nn.Module):

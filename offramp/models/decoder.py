@@ -304,7 +304,7 @@ class EarlyExitDecoder(nn.Module):
                 now, made = layer(now, shown, places, past[len(present)])
                 present.append(made)
                 shown = now if places.active is None else shown.index_put(places.active, now)
-            said.exits.append(self._said(leave, shown))
+            said.exits.append(self.said(leave, shown))
         return said
 
     def _nothing(self, rows: int) -> list[tuple[Tensor, ...]]:
@@ -341,9 +341,19 @@ class EarlyExitDecoder(nn.Module):
         mask = torch.where(seen, 0.0, MASKED_SCORE)
         return Places(index, (query_turn[0], query_turn[1]), (key_turn[0], key_turn[1]), mask)
 
-    def _said(self, leave: DecoderExit, hidden: Tensor) -> ExitSaid:
+    def whole(self, rows: int, length: int) -> tuple[Places | Sites, tuple[Tensor, ...]]:
+        """What a layer needs to read texts as a whole, `rows` of `length` tokens: their places, and no past."""
+        nothing_before = self.embedding.weight.new_zeros(rows, dtype=torch.int64)
+        return self.places(nothing_before, (length, 1), None), self._nothing(rows)[0]
+
+    def vocabulary(self, leave: DecoderExit) -> Tensor:
+        """The table (tokens that it knows, d) that an exit answers with: its own, or the embedding's."""
+        return self.embedding.weight if leave.head is None else leave.head.weight
+
+    def said(self, leave: DecoderExit, hidden: Tensor) -> ExitSaid:
+        """What an exit says about hidden states (N, T, d) behind its layers."""
         normed = leave.norm(hidden)
-        logits = functional.linear(normed, self.embedding.weight if leave.head is None else leave.head.weight)
+        logits = functional.linear(normed, self.vocabulary(leave))
         gate = None if leave.gate is None else leave.gate(normed)[..., 0].sigmoid()
         return ExitSaid(logits if leave.draft is None else leave.draft(logits), normed, gate)
 

@@ -17,7 +17,7 @@ from transformers.models.bert.modeling_bert import BertEmbeddings
 from transformers.utils import logging as transformers_logging
 
 from offramp.errors import DataError, ModelError, OptionError
-from offramp.models.heads import Pooling, Tokens, check_exits, check_pooling, exit_head, mean_weights
+from offramp.models.heads import Pooling, Tokens, check_head_options, exit_head, mean_weights
 from offramp.models.pruning import Pruning, Shortening, check_ratio, norm_importance, prune
 from offramp.models.window_attention import Mask, run_layer, run_layer_and_listen, score_mask, window_mask
 
@@ -45,13 +45,7 @@ class EncoderConfig:
     in_blocks: bool = False
 
     def __post_init__(self) -> None:
-        check_exits(self.exits, 0)
-        if self.num_classes < 2:
-            raise OptionError(f"num_classes: got {self.num_classes}, expected 2 or more")
-        check_pooling("pooling", self.pooling)
-        check_pooling("early_pooling", self.early_pooling)
-        if not 0.0 <= self.dropout < 1.0:
-            raise OptionError(f"dropout: got {self.dropout}, expected a number in [0, 1)")
+        check_head_options(self.exits, self.num_classes, (self.early_pooling, self.pooling), self.dropout)
         if self.window < 0 or self.window % 2:
             raise OptionError(f"window: got {self.window}, expected an even number of neighbours, 0 for all tokens")
         if self.in_blocks and not self.window:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from offramp.errors import OptionError
 from offramp.models.decoder import DecoderConfig, DecoderExit, EarlyExitDecoder
@@ -77,7 +77,7 @@ def _begin_exit(leave: nn.Module, decoder: EarlyExitDecoder, tokens: Sequence[in
     for mine, theirs in zip(leave.layers, decoder.layers[len(decoder.layers) - len(leave.layers) :], strict=True):
         mine.load_state_dict(theirs.state_dict())
     if leave.head is not None:
-        table: Tensor = decoder.embedding.weight if final.head is None else final.head.weight
+        table = decoder.vocabulary(final)
         leave.head.weight.copy_(table if leave.draft is None else table[list(tokens)])
     if leave.draft is not None:
         leave.draft.set_tokens(torch.tensor(tokens))

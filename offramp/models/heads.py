@@ -28,6 +28,17 @@ def check_exits(exits: Sequence[int], first: int) -> None:
         raise OptionError(f"exits: got {exits}, expected increasing numbers from {first}, such as (2, 4)")
 
 
+def check_head_options(exits: Sequence[int], num_classes: int, poolings: tuple[str, str], dropout: float) -> None:
+    """Raise OptionError unless heads can be made of these; `poolings` are the early exits' and the final one's."""
+    check_exits(exits, 0)
+    if num_classes < 2:
+        raise OptionError(f"num_classes: got {num_classes}, expected 2 or more")
+    for name, pooling in zip(("early_pooling", "pooling"), poolings, strict=True):
+        check_pooling(name, pooling)
+    if not 0.0 <= dropout < 1.0:
+        raise OptionError(f"dropout: got {dropout}, expected a number in [0, 1)")
+
+
 def check_pooling(name: str, pooling: str) -> None:
     """Raise OptionError unless the option `name` is a pooling."""
     if pooling not in get_args(Pooling):

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from offramp.errors import OptionError
-from offramp.models.decoder import EarlyExitDecoder
+from offramp.models.decoder import EarlyExitDecoder, ExitSaid
 from offramp.models.frozen import early_parts
 from offramp.models.gates import GateOptions, best_gates, gate_loss, warm_loss
+from offramp.models.plan import products
 from offramp.models.routers import (
     ImportanceSums,
     RouterOptions,
@@ -27,7 +28,7 @@ from offramp.models.routers import (
     set_thresholds,
     threshold_at,
 )
-from offramp.models.states import States, fast_products
+from offramp.models.states import States
 
 Tokens = NDArray[np.int64]
 _CLIP = 1.0  # norm of a step's gradient
@@ -78,7 +79,7 @@ def train_routers(decoder: EarlyExitDecoder, tokens: Tokens, phase: RouterPhase,
     texts = torch.from_numpy(tokens)
     if phase.fitted:
         sums = ImportanceSums(len(decoder.layers), decoder.config.width)
-        with fast_products(), torch.random.fork_rng(devices=[]):
+        with products(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             decoder.requires_grad_(False)
             for ids in torch.split(texts[: phase.fitted], phase.learn.batch):
@@ -93,7 +94,7 @@ def train_routers(decoder: EarlyExitDecoder, tokens: Tokens, phase: RouterPhase,
         return found
 
     losses = _learn(parameters, lambda at, done: loss(texts[at], done), phase.learn, len(texts), seed)
-    with fast_products():
+    with products():
         set_thresholds(decoder, torch.split(texts[-phase.calibrated :], phase.learn.batch))
     decoder.requires_grad_(False)
     return losses
@@ -114,7 +115,7 @@ def train_exits(decoder: EarlyExitDecoder, states: States, first: int, learn: St
         told = _final_logits(decoder, states.hidden[-1, at, first:])
         parts = []
         for index in range(len(decoder.exits) - 1):
-            logits = exit_answers(decoder, index, states.hidden[index, at].float())[0]
+            logits = said_at(decoder, index, states.hidden[index, at].float()).logits
             said = logits[:, first:].float().log_softmax(-1).flatten(0, 1)
             # a token that the exit does not know has no gradient and a large constant loss: it does not count
             most = told.flatten(0, 1).argmax(-1)
@@ -131,31 +132,25 @@ def train_exits(decoder: EarlyExitDecoder, states: States, first: int, learn: St
 _MOST_NATS = 100.0  # no token that an exit knows is that unlikely; one that it does not know is far beyond
 
 
-def exit_answers(decoder: Any, index: int, hidden: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Logits (N, T, V) and gate scores (N, T) of an early exit on states (N, T, d) before its layers."""
-    rows, length, _ = hidden.shape
+def said_at(decoder: Any, index: int, hidden: Tensor) -> ExitSaid:
+    """What an early exit says about whole texts, from states (N, T, d) before its own layers."""
     leave = decoder.exits[index]
-    config = decoder.config
-    places = decoder.places(torch.zeros(rows, dtype=torch.int64), (length, 0), None)
-    none = (torch.zeros(rows, config.kv_heads, 0, config.head_size),) * 2
+    places, nothing = decoder.whole(*hidden.shape[:2])
     for layer in leave.layers:
-        hidden, _ = layer(hidden, hidden, places, none)
-    normed = leave.norm(hidden)
-    table = decoder.embedding.weight if leave.head is None else leave.head.weight
-    logits = functional.linear(normed, table)
-    score = None if leave.gate is None else leave.gate(normed)[..., 0]
-    return (logits if leave.draft is None else leave.draft(logits)), score
+        hidden, _ = layer(hidden, hidden, places, nothing)
+    said: ExitSaid = decoder.said(leave, hidden)
+    return said
 
 
 @torch.no_grad()
 def agreement(decoder: EarlyExitDecoder, states: States, first: int) -> list[float]:
     """How often each early exit's most likely token is the final exit's, at positions from `first` on."""
     right = np.zeros(len(decoder.exits) - 1)
-    with fast_products():
+    with products():
         for at in torch.split(torch.arange(len(states.tokens)), 16):
             told = _final_logits(decoder, states.hidden[-1, at, first:]).argmax(-1)
             for index in range(len(right)):
-                said = exit_answers(decoder, index, states.hidden[index, at].float())[0][:, first:]
+                said = said_at(decoder, index, states.hidden[index, at].float()).logits[:, first:]
                 right[index] += (said.argmax(-1) == told).sum().item()
     return list(right / states.tokens[:, first:].numel())
 
@@ -191,19 +186,14 @@ def _gate_features(decoder: Any, states: States) -> tuple[list[Tensor], Tensor]:
     """What gates read, (P, d) each, and what every exit's answer costs, (E, P) in nats: KL(final | exit), capped."""
     features: list[list[Tensor]] = [[] for _ in range(len(decoder.exits) - 1)]
     costs: list[Tensor] = []
-    with fast_products():
+    with products():
         for at in torch.split(torch.arange(len(states.tokens)), 8):
             told = _final_logits(decoder, states.hidden[-1, at]).float().log_softmax(-1).flatten(0, 1)
             found = []
             for index, kept in enumerate(features):
-                hooked: list[Tensor] = []
-                hook = decoder.exits[index].gate.register_forward_pre_hook(
-                    lambda _, given, h=hooked: h.append(given[0])
-                )
-                said, _ = exit_answers(decoder, index, states.hidden[index, at].float())
-                hook.remove()
-                kept.append(hooked[0].flatten(0, 1).half())
-                apart = said.float().log_softmax(-1).flatten(0, 1).clamp(min=-_WORST_NATS)
+                said = said_at(decoder, index, states.hidden[index, at].float())
+                kept.append(said.hidden.flatten(0, 1).half())
+                apart = said.logits.float().log_softmax(-1).flatten(0, 1).clamp(min=-_WORST_NATS)
                 found.append((told.exp() * (told - apart)).sum(-1).clamp(0, _WORST_NATS))
             costs.append(torch.stack([*found, torch.zeros(len(told))]))
     return [torch.cat(kept) for kept in features], torch.cat(costs, 1)
@@ -212,11 +202,11 @@ def _gate_features(decoder: Any, states: States) -> tuple[list[Tensor], Tensor]:
 _WORST_NATS = 20.0  # what an answer with a probability of nearly 0 costs at most
 
 
-def _final_logits(decoder: Any, normed: Tensor) -> Tensor:
-    final = decoder.exits[-1]
-    table = decoder.embedding.weight if final.head is None else final.head.weight
-    with torch.no_grad():
-        return functional.linear(normed.to(table.dtype), table)
+@torch.no_grad()
+def _final_logits(decoder: EarlyExitDecoder, normed: Tensor) -> Tensor:
+    final: Any = decoder.exits[-1]
+    table = decoder.vocabulary(final)
+    return functional.linear(normed.to(table.dtype), table)
 
 
 @torch.no_grad()
@@ -258,7 +248,7 @@ def _learn(
             done = step / learn.steps
             for group in optimizer.param_groups:
                 group["lr"] = learn.learning_rate * min(1.0, 10 * (done + 1 / learn.steps)) * (1 - done)
-            with fast_products():
+            with products():
                 loss = loss_of(next(order), done)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -121,6 +122,13 @@ def precision_of_cpu(precision: Precision) -> Literal["float32", "bfloat16"]:
     capabilities = torch.cpu.get_capabilities()
     in_hardware = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
     return "bfloat16" if in_hardware else "float32"
+
+
+@contextmanager
+def products(precision: Precision = "auto") -> Iterator[None]:
+    """Compute matrix products in `precision`, the rest in float32."""
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision_of_cpu(precision) == "bfloat16"):
+        yield
 
 
 def check_at_least(name: str, value: int, least: int) -> None:

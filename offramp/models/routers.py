@@ -99,20 +99,15 @@ Gates = Callable[[int, Tensor], Tensor | None]  # layer and scores (N, T) -> fac
 
 def routed_pass(decoder: Any, ids: Tensor, gates: Gates) -> RoutedPass:
     """Read whole texts (N, T) at full depth, every FFN multiplied by what `gates` makes of its router's scores."""
-    config = decoder.config
-    rows, length = ids.shape
-    places = decoder.places(torch.zeros(rows, dtype=torch.int64), (length, 0), None)
-    none = (torch.zeros(rows, config.kv_heads, 0, config.head_size),) * 2
+    places, nothing = decoder.whole(*ids.shape)
     hidden, scores = decoder.embedding(ids), []
     for number, layer in enumerate(decoder.layers):
-        hidden, _ = layer.attend(hidden, hidden, places, none)
+        hidden, _ = layer.attend(hidden, hidden, places, nothing)
         normed = layer.ffn_norm(hidden)
         scores.append(layer.router(normed)[..., 0].float())
         factor, fed = gates(number, scores[-1]), layer.feed(normed)
         hidden = hidden + (fed if factor is None else fed * factor[..., None].to(fed.dtype))
-    final = decoder.exits[-1]
-    table = decoder.embedding.weight if final.head is None else final.head.weight
-    return RoutedPass(functional.linear(final.norm(hidden), table), torch.stack(scores))
+    return RoutedPass(decoder.said(decoder.exits[-1], hidden).logits, torch.stack(scores))
 
 
 def router_loss(decoder: Any, ids: Tensor, threshold: Tensor, options: RouterOptions) -> tuple[Tensor, Tensor]:

@@ -10,8 +10,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from offramp.errors import DataError
-from offramp.models.plan import precision_of_cpu
+from offramp.models.plan import products
 from offramp.storage import write_file
 
 _ABOUT = "states.json"
@@ -82,7 +81,7 @@ def kept_array(file: Path, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
 @torch.no_grad()
 def hidden_states(decoder: Any, ids: Tensor, capacity: int = -1) -> Tensor:
     """States (E, N, T, d) of texts (N, T) as `States` has them; products in bfloat16 where the CPU has it."""
-    with fast_products():
+    with products():
         found = _at_exits(decoder, ids, capacity)
     return torch.stack(found).clamp(-_LARGEST, _LARGEST).half()
 
@@ -90,12 +89,11 @@ def hidden_states(decoder: Any, ids: Tensor, capacity: int = -1) -> Tensor:
 def _at_exits(decoder: Any, ids: Tensor, capacity: int) -> list[Tensor]:
     config = decoder.config
     rows, length = ids.shape
-    places = decoder.places(torch.zeros(rows, dtype=torch.int64), (length, 0), None)
-    none = (torch.zeros(rows, config.kv_heads, 0, config.head_size),) * 2
+    places, nothing = decoder.whole(rows, length)
     limits = [None] * config.exits[-1] if capacity < 0 else list(decoder.thresholds[capacity].expand(rows, -1).T)
     hidden, found = decoder.embedding(ids), []
     for number, (layer, limit) in enumerate(zip(decoder.layers, limits, strict=True), 1):
-        hidden, _ = layer(hidden, hidden, places, none, limit)
+        hidden, _ = layer(hidden, hidden, places, nothing, limit)
         if number == config.exits[-1]:
             found.append(decoder.exits[-1].norm(hidden))
         elif number in config.exits:
@@ -115,10 +113,3 @@ def _about(decoder: nn.Module, tokens: NDArray[np.int64], capacity: int) -> dict
             digest.update(tensor.detach().contiguous().numpy().tobytes())
     exits: Sequence[int] = decoder.config.exits  # type: ignore[union-attr, assignment]
     return {"sha256": digest.hexdigest(), "shape": list(tokens.shape), "exits": list(exits), "capacity": capacity}
-
-
-@contextmanager
-def fast_products() -> Iterator[None]:
-    """Products in bfloat16 where the CPU multiplies it in hardware, else as they are."""
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision_of_cpu("auto") == "bfloat16"):
-        yield

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from offramp.errors import DataError, OptionError
 from offramp.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from offramp.models.evaluate import answers_of, measure_of, quality_per_exit
-from offramp.models.plan import Plan, RunOptions, Stage, precision_of_cpu
+from offramp.models.plan import Plan, RunOptions, Stage, precision_of_cpu, products
 from offramp.models.randomness import forked_random_state, random_state, seed_all, set_random_state
 from offramp.models.rows import Batch, Rows, TrainingRows, joined
 from offramp.models.schedule import layers_dropped, learning_rate_scale, set_annealed
@@ -208,8 +208,7 @@ def take_step(run: Run, place: EpochPlace, step: int, batch: Batch) -> float:
     done = place.stage_step(step)
     set_learning_rates(run.optimizer, stage, done, stage.epochs * place.num_steps)
     set_annealed(run.model, stage.anneal, done / place.num_steps)
-    bfloat16 = precision_of_cpu(options.precision) == "bfloat16"
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bfloat16):
+    with products(options.precision):
         answers = answers_of(run.model, batch, run.teacher if stage.loss.teacher_weight > 0 else None)
     loss = step_loss(stage.chosen, stage.loss, answers, torch.from_numpy(batch.targets), done)
     run.optimizer.zero_grad()

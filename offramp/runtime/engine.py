@@ -19,6 +19,12 @@ class SegmentOutput(NamedTuple):
     learned: NDArray[np.float32] | None = None  # (S,) in [0, 1]: the model's own confidence, where it has one
     retention: NDArray[np.float32] | None = None  # (S,) in (0, 1]: share of tokens left, where it drops some
 
+    @classmethod
+    def of_gate(cls, learned: NDArray[np.float32]) -> SegmentOutput:
+        """What a gate says about S rows before the exit's head is asked: how sure it is, and nothing else."""
+        nothing = np.empty((0, 0), np.float32)
+        return cls(None, nothing, np.zeros(len(learned), np.int64), nothing, learned)
+
     def rows(self, keep: NDArray[Any] | slice) -> SegmentOutput:
         """What was said about the rows `keep`, positions, a mask or a slice; without the carry."""
         learned = None if self.learned is None else self.learned[keep]

@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.bundle import Manifest, load_manifest, read_file, read_policy
-from offramp.errors import InputError, OptionError
+from offramp.errors import OptionError
 from offramp.policy import Policy
 from offramp.runtime.decoder import Decoder, open_decoder
 from offramp.runtime.sampling import Sampling, sampled
@@ -92,7 +92,7 @@ class Generator:
         """Raises OptionError when the policy is for another model."""
         self.decoder, self.manifest = decoder, decoder.manifest
         self.policy = policy
-        self._text = Detokenizer(tokenizer) if tokenizer else None
+        self._text = Detokenizer(tokenizer, self.manifest.name)
 
     @classmethod
     def open(
@@ -122,8 +122,7 @@ class Generator:
 
     @policy.setter
     def policy(self, policy: Policy) -> None:
-        policy.check_exits(len(self.manifest.exits))
-        policy.check_learned([bool(spec.learned) for spec in self.manifest.exits])
+        policy.check_model(self.manifest)
         self._policy = policy
 
     def generate(
@@ -136,7 +135,7 @@ class Generator:
         for _ in self._steps(prompts, options, completions):
             pass
         for completion in completions:
-            completion.text = self._text.decode(completion.tokens) if self._text else ""
+            completion.text = self._text.decode(completion.tokens) if self._text.is_there else ""
         return completions
 
     def stream(
@@ -150,14 +149,10 @@ class Generator:
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text. Raises InputError when the bundle has no tokenizer."""
-        if self._text is None:
-            raise InputError(f"bundle {self.manifest.name!r} has no tokenizer: pass and take token ids")
         return self._text.encode(text)
 
     def decode(self, tokens: Sequence[int]) -> str:
         """The text of token ids. Raises InputError when the bundle has no tokenizer."""
-        if self._text is None:
-            raise InputError(f"bundle {self.manifest.name!r} has no tokenizer: pass and take token ids")
         return self._text.decode(tokens)
 
     def close(self) -> None:

@@ -120,8 +120,7 @@ class Pool:
                     f"try again later, or open it with Admission(max_rows=…)"
                 )
             self._num_rows += num_rows
-            monitor = self.runner.monitor  # it may come and go at any time
-            if monitor is not None:
+            if (monitor := self.runner.monitor) is not None:  # it may come and go at any time
                 answer.watch = monitor.begin(source, num_rows, lane.epoch.setting)
             self._push(lane.queues[0], group)
             if deadline_ms != inf:

@@ -128,7 +128,7 @@ class Runner:
         if manifest.decoder:
             raise BundleError(f"bundle {manifest.name!r} is a decoder: open it with `Generator.open`")
         chosen = Policy.from_json(read_policy(path, manifest)) if policy is None else policy
-        _check_policy(chosen, manifest)
+        chosen.check_model(manifest)
         tokenizer = read_file(path, manifest.text.tokenizer) if manifest.text else b""
         opened = open_engines(path, manifest, EngineOptions(backend, precision, threads, tensorrt))
         runner = cls(opened.engines, opened.manifest, chosen, backend=opened.backend, precision=opened.precision)
@@ -151,7 +151,7 @@ class Runner:
     @policy.setter
     def policy(self, policy: Policy) -> None:
         num_exits = len(self.manifest.exits)
-        _check_policy(policy, self.manifest)
+        policy.check_model(self.manifest)
         sources = {source: policy.for_source(source) for source in policy.sources}
         inverse = tuple(policy.inverse_temperatures(num_exits))
         self.setting = Setting(policy, sources, inverse)  # one assignment: a request sees the old one or the new one
@@ -332,14 +332,6 @@ class Runner:
                 state = state.rows(rows) if state else None
             else:
                 rows = self._first(len(live))
-
-
-def _check_policy(policy: Policy, manifest: Manifest) -> None:
-    """Raise OptionError when `policy` is for another model."""
-    policy.check_exits(len(manifest.exits))
-    policy.check_learned([bool(spec.learned) for spec in manifest.exits])
-    if manifest.is_regression:
-        policy.check_values()
 
 
 class Part(NamedTuple):

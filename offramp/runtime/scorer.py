@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from offramp.bundle import LEARNED, SCORES, load_manifest, read_file, read_policy
-from offramp.errors import InputError, OptionError
+from offramp.errors import OptionError
 from offramp.policy import Policy, PolicyState, joined
 from offramp.runtime.decoder import Chunk, Decoder, open_decoder
 from offramp.runtime.engine import SegmentOutput
@@ -26,7 +26,6 @@ from offramp.runtime.text import Detokenizer, checked_tokens
 _HEAD_ROWS = 256  # positions that a head answers at once: their logits over a vocabulary of 49,152 take 50 MB
 _USUAL_CHUNK = 128
 _MAX_PROB = SCORES.index("max_prob")
-_NO_NUMBERS = np.empty((0, 0), np.float32)
 
 
 @dataclass(frozen=True)
@@ -81,13 +80,12 @@ class Scorer:
 
     def __init__(self, decoder: Decoder, policy: Policy, tokenizer: bytes = b"", chunk: int = _USUAL_CHUNK) -> None:
         """Raises OptionError when the policy is for another model."""
-        policy.check_exits(decoder.num_exits)
-        policy.check_learned([bool(spec.learned) for spec in decoder.manifest.exits])
+        policy.check_model(decoder.manifest)
         if chunk < 1:
             raise OptionError(f"scoring: got a chunk of {chunk} positions, expected 1 or more")
         self.decoder, self.policy = decoder, policy
         self._chunk = min(chunk, decoder.max_chunk)
-        self._text = Detokenizer(tokenizer) if tokenizer else None
+        self._text = Detokenizer(tokenizer, decoder.manifest.name)
         self._final = decoder.num_exits - 1
         self._inverse = policy.inverse_temperatures(decoder.num_exits)
 
@@ -150,8 +148,6 @@ class Scorer:
 
     def encode(self, text: str) -> list[int]:
         """The token ids of a text. Raises InputError when the bundle has no tokenizer."""
-        if self._text is None:
-            raise InputError(f"bundle {self.decoder.manifest.name!r} has no tokenizer: pass token ids")
         return self._text.encode(text)
 
     def close(self) -> None:
@@ -226,8 +222,8 @@ class Scorer:
         if asked == "everyone":
             leaves[:] = True
         if asked == LEARNED:
-            out = SegmentOutput(None, _NO_NUMBERS, np.zeros(len(hidden), np.int64), _NO_NUMBERS, learned)
-            leaves, _, state = self.policy.decide(index, out, state)
+            assert learned is not None, "the policy was checked"
+            leaves, _, state = self.policy.decide(index, SegmentOutput.of_gate(learned), state)
         log_probs, states = [np.empty(0, np.float32)], []
         chosen = np.arange(len(hidden)) if asked == "answers" else leaves.nonzero()[0]
         for start in range(0, len(chosen), _HEAD_ROWS):

@@ -101,9 +101,8 @@ class Stepper:
         if asked == "nothing":
             return None, {}, state
         if asked == LEARNED:
-            nothing = np.zeros(len(rows), np.int64)
-            out = SegmentOutput(None, _NO_NUMBERS, nothing, _NO_NUMBERS, last.learned)
-            decision = self._policy.decide(index, out, state)
+            assert last.learned is not None, "the policy was checked"
+            decision = self._policy.decide(index, SegmentOutput.of_gate(last.learned), state)
             leaves = decision.leaves
             if leaves.any():
                 out = self._decoder.answer(index, last.hidden[leaves], None, self._inverse[index])
@@ -194,9 +193,6 @@ class Stepper:
             found.append(decided)
             decoder.clear(low + row, start[row] + len(decided))
         return found
-
-
-_NO_NUMBERS = np.empty((0, 0), np.float32)
 
 
 def _last(chunk: Chunk, rows: Sequence[int]) -> Last:

@@ -59,26 +59,41 @@ class TextEncoder:
 
 
 class Detokenizer:
-    """Texts to token ids and back, for a decoder: no padding, no truncation. Raises BackendError, BundleError."""
+    """Texts to token ids and back, for a decoder: no padding, no truncation."""
 
-    def __init__(self, content: bytes) -> None:
-        """`content` is the verified tokenizer file of the bundle."""
-        self._tokenizer = _parsed(content, "tokenizer.json")
-        self._tokenizer.no_padding()
-        self._tokenizer.no_truncation()
+    def __init__(self, content: bytes, bundle: str = "") -> None:
+        """`content` is the verified tokenizer file of `bundle`, empty when it has none.
+
+        Raises BackendError, BundleError.
+        """
+        self._bundle = bundle
+        self._tokenizer = _parsed(content, "tokenizer.json") if content else None
+        if self._tokenizer is not None:
+            self._tokenizer.no_padding()
+            self._tokenizer.no_truncation()
+
+    @property
+    def is_there(self) -> bool:
+        """Has the bundle a tokenizer?"""
+        return self._tokenizer is not None
 
     def encode(self, text: str) -> list[int]:
-        """The token ids of `text`."""
-        ids: list[int] = self._tokenizer.encode(text).ids
+        """The token ids of `text`. Raises InputError without a tokenizer."""
+        ids: list[int] = self._checked().encode(text).ids
         return ids
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text of token ids, without special tokens."""
-        text: str = self._tokenizer.decode(list(tokens))
+        """The text of token ids, without special tokens. Raises InputError without a tokenizer."""
+        text: str = self._checked().decode(list(tokens))
         return text
 
+    def _checked(self) -> Any:
+        if self._tokenizer is None:
+            raise InputError(f"bundle {self._bundle!r} has no tokenizer: pass and take token ids")
+        return self._tokenizer
 
-def checked_tokens(texts: Sequence[Any], text: Detokenizer | None, manifest: Manifest) -> list[list[int]]:
+
+def checked_tokens(texts: Sequence[Any], text: Detokenizer, manifest: Manifest) -> list[list[int]]:
     """Token ids of texts for a decoder, strings or token ids already. Raises InputError."""
     if isinstance(texts, str):
         raise InputError("prompts: got one str, expected a list of them; pass `[prompt]`")
@@ -86,9 +101,7 @@ def checked_tokens(texts: Sequence[Any], text: Detokenizer | None, manifest: Man
     vocabulary, most = manifest.exits[0].num_classes, manifest.decoder.max_positions
     found = []
     for number, given in enumerate(texts):
-        if isinstance(given, str) and text is None:
-            raise InputError(f"bundle {manifest.name!r} has no tokenizer: pass token ids")
-        tokens = text.encode(given) if isinstance(given, str) and text else [int(token) for token in given]
+        tokens = text.encode(given) if isinstance(given, str) else [int(token) for token in given]
         if not 1 <= len(tokens) <= most or not all(0 <= token < vocabulary for token in tokens):
             raise InputError(
                 f"prompt {number}: got {len(tokens)} tokens, expected 1 to {most}, each from 0 to {vocabulary - 1}"

@@ -1,5 +1,8 @@
 """A tiny encoder with its tokenizer, built in code from a fixed seed."""
 
+import json
+from pathlib import Path
+
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel
@@ -31,3 +34,17 @@ def tiny_tokenizer() -> Tokenizer:
         single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
     return tokenizer
+
+
+def save_encoder_and_texts(folder: Path) -> Path:
+    """Write the encoder with its tokenizer, and 80 texts of two classes, texts.jsonl; returns its directory."""
+    encoder = folder / "encoder"
+    tiny_bert().save_pretrained(encoder)
+    tiny_tokenizer().save(str(encoder / "tokenizer.json"))
+    lines = [
+        json.dumps({"text": f"{word} film {'very ' * (n % 7)}{n}", "label": word})
+        for n in range(40)
+        for word in ("good", "bad")
+    ]
+    (folder / "texts.jsonl").write_text("\n".join(lines))
+    return encoder
