@@ -33,11 +33,11 @@ from numpy.typing import NDArray
 
 from offramp.binomial import allowed_losses
 from offramp.policy import Policy
+from offramp.scores import scores_from_logits
 from offramp.trace import Trace
 from offramp.tuning.certify import CertifyOptions, certify
 from offramp.tuning.losses import losses_from_trace
 from offramp.tuning.path import exits_along, sureness_of
-from offramp.tuning.replay import scores_from_logits
 from offramp.tuning.risk_tests import betting_p_value, last_rejected_of
 
 RESULT = Path(__file__).parent / "results" / "coverage.json"

@@ -56,7 +56,7 @@ def scored(decoder: Any, texts: list[list[int]], capacity: float) -> tuple[float
         for index in range(1, decoder.num_exits):
             chunk = decoder.advance(index, 0, [len(tokens)])
         seconds += time.perf_counter() - start
-        logits = decoder.answer(decoder.num_exits - 1, chunk.hidden[0, :-1], None, np.float32(1)).logits
+        logits = decoder.logits(decoder.num_exits - 1, chunk.hidden[0, :-1])
         most = logits.max(-1)
         total = most + np.log(np.exp(logits - most[:, None]).sum(-1))
         losses.append(total - logits[np.arange(len(logits)), tokens[1:]])

@@ -16,7 +16,9 @@ from offramp.errors import BundleError, CorruptError, VersionError
 from offramp.storage import remove_file, write_file
 from offramp.typed_json import decoded
 
-SCHEMA = 3  # 2 added ExitSpec.learned, Manifest.trims; 3 retention, late inputs, states, heads, decoder
+# 2 added ExitSpec.learned, Manifest.trims; 3 retention, late inputs, states, heads, decoder; 4 took scores out of heads
+SCHEMA = 4
+_SCHEMA_OF_HEADS = 4
 MANIFEST = "manifest.json"
 POLICY = "policy.json"
 CERTIFICATE = "certificate.json"
@@ -125,7 +127,7 @@ class SegmentSpec:
 
 @dataclass(frozen=True)
 class HeadSpec:
-    """A head that is a graph of its own: `hidden` (rows, width), a position each, to logits, prediction and scores."""
+    """A head that is a graph of its own: `hidden` (rows, width), a position each, to `logits` (rows, classes)."""
 
     name: str
     width: int
@@ -210,8 +212,8 @@ class Manifest:
 def load_manifest(bundle: Path) -> Manifest:
     """Read and check the manifest of `bundle`.
 
-    Raises BundleError when it is not a bundle, VersionError when a newer offramp wrote it, CorruptError
-    when it is malformed.
+    Raises BundleError when it is not a bundle, VersionError when a newer offramp wrote it, or an older one a decoder,
+    CorruptError when it is malformed.
     """
     path = bundle / MANIFEST
     try:
@@ -230,6 +232,8 @@ def load_manifest(bundle: Path) -> Manifest:
             f"{path} has schema {schema}, this offramp reads up to {SCHEMA}; upgrade with `pip install -U offramp`"
         )
     manifest: Manifest = decoded(Manifest, document, str(path))
+    if manifest.heads and schema < _SCHEMA_OF_HEADS:
+        raise VersionError(f"{path} has schema {schema}, whose heads were other graphs; export the bundle again")
     _check_consistent(manifest, path)
     return manifest
 

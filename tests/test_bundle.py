@@ -166,8 +166,8 @@ def test_a_manifest_that_is_no_object_is_refused(path: Path, content: bytes) -> 
 
 
 def test_a_newer_manifest_is_told_from_a_broken_one(path: Path) -> None:
-    (path / "manifest.json").write_text('{"schema": 4, "everything": "else is unknown"}')
-    with pytest.raises(VersionError, match=r"schema 4, this offramp reads up to 3; upgrade"):
+    (path / "manifest.json").write_text('{"schema": 5, "everything": "else is unknown"}')
+    with pytest.raises(VersionError, match=r"schema 5, this offramp reads up to 4; upgrade"):
         load_manifest(path)
 
 
@@ -370,5 +370,5 @@ def test_a_bundle_of_schema_1_is_read_and_written_anew(path: Path) -> None:
     manifest = load_manifest(path)
     assert (manifest.trims, [spec.row_outputs for spec in manifest.exits]) == ({}, [{}, {}])
     replace_policy(path, NEW)
-    assert json.loads((path / "manifest.json").read_text())["schema"] == 3
+    assert json.loads((path / "manifest.json").read_text())["schema"] == 4
     assert load_manifest(path).exits == manifest.exits

@@ -6,12 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from onnx import ModelProto, TensorProto
 
 from offramp.bundle import (
     HIDDEN,
-    INVERSE_TEMPERATURE,
     POLICY,
     ExitSpec,
     FileRecord,
@@ -146,14 +144,13 @@ def _lowered(cut: CutModel, chain: Chain, feeds: _Feeds, progress: Progress) -> 
         hidden = [piece.hidden for piece in pieces]
         key = head.SerializeToString(deterministic=True)
         if key not in done:
-            given = [{HIDDEN: states, INVERSE_TEMPERATURE: np.array(1, np.float32)} for states in hidden]
-            done[key] = fp16_from_segment(head, given)
+            done[key] = fp16_from_segment(head, [{HIDDEN: states} for states in hidden])
         heads[name] = done[key]
         sessions = open_session(head), open_session(heads[name])
         for states in hidden:
             wanted, got = (run_head(session, states) for session in sessions)
-            found.chain.update(got["logits"], wanted["logits"], _FP16_RMS, f"logits of exit {name}")
-            found.predictions_changed += int((got["prediction"] != wanted["prediction"]).sum())
+            found.chain.update(got, wanted, _FP16_RMS, f"logits of exit {name}")
+            found.predictions_changed += int((got.argmax(axis=1) != wanted.argmax(axis=1)).sum())
     found.weight_share = [weight_share(model, TensorProto.FLOAT16) for model in segments]
     return _Graphs(segments, heads), found
 

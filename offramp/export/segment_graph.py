@@ -144,7 +144,7 @@ def segment_graph(
 
 
 def head_graph(view: GraphView, probe: Probe, exit_and_hidden: tuple[str, str], num_classes: int) -> ModelProto:
-    """A separate head: from `hidden` (rows, width), a position each, to what any exit says. Raises CutError."""
+    """A separate head: from `hidden` (rows, width), a position each, to `logits`. Raises CutError."""
     name, hidden = exit_and_hidden
     indices = view.upstream([name], view.reads, frozenset({hidden}))
     read = {tensor for index in indices for tensor in view.reads[index]}
@@ -154,7 +154,6 @@ def head_graph(view: GraphView, probe: Probe, exit_and_hidden: tuple[str, str], 
     made = [hidden, *(made for index in sorted(indices) for made in view.nodes[index].output)]
     weights = [tensor for index in sorted(indices) for tensor in view.reads[index] if tensor in view.initializers]
     names = {tensor: f"head/{position}" for position, tensor in enumerate(dict.fromkeys([*made, *weights]))}
-    nodes, constants = score_head(num_classes, view.opset)
     as_rows = numpy_helper.from_array(np.array([-1, num_classes], np.int64), f"{PREFIX}one_position_a_row")
     middle = numpy_helper.from_array(np.array([1], np.int64), f"{PREFIX}position_axis")
     body = [rename_tensors(view.nodes[index], names) for index in sorted(indices)]
@@ -170,13 +169,10 @@ def head_graph(view: GraphView, probe: Probe, exit_and_hidden: tuple[str, str], 
         body.append(helper.make_node("Cast", [flat], [LOGITS], f"{PREFIX}Cast/logits", to=TensorProto.FLOAT))
     graph = GraphProto(
         name="head",
-        node=[*body, *nodes],
-        initializer=[*_weights(view, body, names), as_rows, middle, *constants],
-        input=[
-            _value(HIDDEN, probe.tensors[hidden].dtype, (ROWS, probe.shape(hidden)[-1])),
-            _value(INVERSE_TEMPERATURE, "float32", ()),
-        ],
-        output=_answer_values(num_classes, ()),
+        node=body,
+        initializer=[*_weights(view, body, names), as_rows, middle],
+        input=[_value(HIDDEN, probe.tensors[hidden].dtype, (ROWS, probe.shape(hidden)[-1]))],
+        output=[_value(LOGITS, "float32", (ROWS, num_classes))],
     )
     return _finish(view.model, graph)
 

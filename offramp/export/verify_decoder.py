@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle import HIDDEN, INVERSE_TEMPERATURE, LEARNED, DecoderSpec, ExitSpec
+from offramp.bundle import HIDDEN, LEARNED, DecoderSpec, ExitSpec
 from offramp.export.chain import Arrays, Chain
 from offramp.export.verify import Parity, Tolerance
 
@@ -46,8 +46,10 @@ def verify_decoder(parity: Parity, parts: DecoderParts, whole: Any, batch: Array
         exit_spec = parts.exits[index]
         places = active_places(parts.spec, batch, index)
         given.append(Given(feed, out[HIDDEN][places]))
-        said = run_head(parts.heads[index], given[-1].hidden)
-        pairs = {f"logits of exit {exit_spec.name}": (said["logits"], expected[exit_spec.name][places])}
+        logits = run_head(parts.heads[index], given[-1].hidden)
+        pairs: dict[str, tuple[NDArray[Any], NDArray[Any]]] = {
+            f"logits of exit {exit_spec.name}": (logits, expected[exit_spec.name][places])
+        }
         if LEARNED in out:
             wanted = expected[exit_spec.learned][places]
             pairs[f"gate of exit {exit_spec.name}"] = out[LEARNED][places], wanted
@@ -65,8 +67,7 @@ def active_places(spec: DecoderSpec, batch: Arrays, index: int) -> tuple[NDArray
     return np.repeat(np.arange(rows), active.shape[1]), active.reshape(-1).astype(np.int64)
 
 
-def run_head(session: Any, hidden: NDArray[np.generic]) -> Arrays:
-    """What a head says about states (P, d)."""
-    names = [output.name for output in session.get_outputs()]
-    feed = {HIDDEN: hidden, INVERSE_TEMPERATURE: np.array(1, np.float32)}
-    return dict(zip(names, session.run(names, feed), strict=True))
+def run_head(session: Any, hidden: NDArray[np.generic]) -> NDArray[np.float32]:
+    """The logits (P, C) that a head gives to states (P, d)."""
+    logits: NDArray[np.float32] = session.run(None, {HIDDEN: hidden})[0]
+    return logits

@@ -13,14 +13,16 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle import HIDDEN, INVERSE_TEMPERATURE, LEARNED, ROWS, SCORES, ExitSpec, Manifest, read_file
+from offramp.bundle import HIDDEN, LEARNED, ROWS, ExitSpec, Manifest, read_file
 from offramp.errors import BackendError, BundleError, InputError, OptionError
 from offramp.runtime.capacity import router_thresholds
 from offramp.runtime.engine import SegmentOutput
 from offramp.runtime.kv_cache import HiddenStore, KeyValueCache
+from offramp.scores import scores_from_logits
 
 Feed = dict[str, NDArray[Any]]
 _USUAL_SLOTS = 8
+_LOGITS = "logits"
 
 
 class Graph(Protocol):
@@ -132,19 +134,25 @@ class Decoder:
         feed[self._chunked[index]] = self._waiting[index - 1].read(low, starts, counts, chunk)
         return self._run(index, low, feed, counts)
 
-    def answer(
-        self, exit_index: int, hidden: NDArray[np.float32], learned: NDArray[np.float32] | None, inverse: np.float32
-    ) -> SegmentOutput:
-        """What the head of an exit says about states (P, d). The next call writes over the logits."""
+    def logits(self, exit_index: int, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
+        """The logits (P, V) that the head of an exit gives to states (P, d). The next call writes over them."""
         spec = self.manifest.exits[exit_index]
         bound = self._bound_heads.get(spec.head)
         if bound is None or bound.key != len(hidden):
             bound = self._bound_heads[spec.head] = self._bind_head(spec, hidden.shape)
         bound.inputs[HIDDEN][...] = hidden
-        bound.inputs[INVERSE_TEMPERATURE][...] = inverse
         bound.call()
-        out = bound.outputs
-        return SegmentOutput(None, out["logits"], out["prediction"].copy(), out["scores"].copy(), learned)
+        return bound.outputs[_LOGITS]
+
+    def answer(
+        self, exit_index: int, hidden: NDArray[np.float32], learned: NDArray[np.float32] | None, inverse: np.float32
+    ) -> SegmentOutput:
+        """What an exit says about states (P, d), for a policy that wants more than its gate; logits as above.
+
+        The scores are computed here and not in the graph, so that a token that needs none does not pay for them.
+        """
+        logits = self.logits(exit_index, hidden)
+        return SegmentOutput(None, logits, logits.argmax(axis=1), scores_from_logits(logits, inverse), learned)
 
     def close(self) -> None:
         """Let go of everything."""
@@ -166,6 +174,8 @@ class Decoder:
         for name, array in feed.items():
             bound.inputs[name][...] = array
         bound.inputs[self.spec.past_length][...] = starts
+        if index < len(self._waiting):
+            self._waiting[index].settle()
         bound.call()
         out = bound.outputs
         if index < len(self._waiting):
@@ -198,12 +208,8 @@ class Decoder:
     def _bind_head(self, spec: ExitSpec, shape: tuple[int, ...]) -> _Bound:
         """A call of the head of an exit on states of this shape (P, d)."""
         self._bound_heads.pop(spec.head, None)
-        inputs = {HIDDEN: np.empty(shape, np.float32), INVERSE_TEMPERATURE: np.empty((), np.float32)}
-        outputs: Feed = {
-            "logits": np.empty((shape[0], spec.num_classes), np.float32),
-            "prediction": np.empty(shape[0], np.int64),
-            "scores": np.empty((shape[0], len(SCORES)), np.float32),
-        }
+        inputs: Feed = {HIDDEN: np.empty(shape, np.float32)}
+        outputs: Feed = {_LOGITS: np.empty((shape[0], spec.num_classes), np.float32)}
         return _Bound(shape[0], self._heads[spec.head].bound(inputs, outputs), inputs, outputs, [])
 
 

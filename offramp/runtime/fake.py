@@ -19,7 +19,6 @@ from offramp.bundle import (
     RETENTION,
     ROW_OUTPUTS,
     ROWS,
-    SCORES,
     DimensionSpec,
     ExitSpec,
     InputSpec,
@@ -31,6 +30,7 @@ from offramp.errors import BackendError, OptionError
 from offramp.policy import Policy
 from offramp.runtime.engine import SegmentOutput
 from offramp.runtime.runner import Runner
+from offramp.scores import scores_from_logits
 
 X = InputSpec("x", "float32", (ROWS,), None, None, False)  # one number per row: the input of a fake model
 MAX_ROWS = 64  # of a fake bundle
@@ -159,20 +159,6 @@ def logits_from_max_prob(max_prob: ArrayLike, num_classes: int) -> NDArray[np.fl
     logits = np.log(np.repeat((1 - first)[:, None] / (num_classes - 1), num_classes, axis=1))
     logits[:, 0] = np.log(first)
     return logits.astype(np.float32)
-
-
-def scores_from_logits(logits: NDArray[np.float32], inverse_temperature: np.float32) -> NDArray[np.float32]:
-    """What the score head of a segment computes: logits (S, C) -> (S, 3), see bundle.SCORES."""
-    scaled = logits * inverse_temperature
-    scaled = scaled - scaled.max(axis=1, keepdims=True)
-    log_probability = scaled - np.log(np.exp(scaled).sum(axis=1, keepdims=True))
-    probability = np.exp(log_probability)
-    top = np.sort(probability, axis=1)[:, -2:]  # (S, 2) ascending
-    scores = np.empty((len(logits), len(SCORES)), np.float32)
-    scores[:, 0] = top[:, 1]
-    scores[:, 1] = top[:, 1] - top[:, 0]
-    scores[:, 2] = -(probability * log_probability).sum(axis=1) / np.log(logits.shape[1])
-    return scores.clip(0, 1)
 
 
 def _always(answer: ArrayLike, name: str) -> Answer:

@@ -22,7 +22,7 @@ class TokenCosts(NamedTuple):
     """Median milliseconds of one token of one text, with a short past."""
 
     segments_ms: NDArray[np.float64]  # (E,) gates included
-    heads_ms: NDArray[np.float64]  # (E,)
+    heads_ms: NDArray[np.float64]  # (E,) with scores where there is no gate
 
     def by_exit(self, has_gates: bool) -> NDArray[np.float64]:
         """(E,): what segment k adds to a token that comes so far.
@@ -70,6 +70,7 @@ def measure_token_costs(decoder: Decoder, rounds: int = _ROUNDS, past: int = _PA
     past = max(1, min(past, decoder.spec.max_positions - rounds, decoder.max_chunk))
     rounds = min(rounds, decoder.spec.max_positions - past)
     exits, inverse = decoder.num_exits, np.float32(1)
+    is_gated = [bool(spec.learned) for spec in decoder.manifest.exits[:-1]] + [True]  # nothing asks the final one
     times = np.zeros((rounds, 2, exits))
     decoder.clear(0)
     for turn in range(-1, rounds):
@@ -78,7 +79,10 @@ def measure_token_costs(decoder: Decoder, rounds: int = _ROUNDS, past: int = _PA
             start = time.perf_counter()
             chunk = decoder.advance(index, 0, [len(tokens)]) if index else decoder.read(0, [tokens])
             between = time.perf_counter()
-            decoder.answer(index, chunk.hidden[:, -1], None, inverse)
+            if is_gated[index]:
+                decoder.logits(index, chunk.hidden[:, -1]).argmax()
+            else:
+                decoder.answer(index, chunk.hidden[:, -1], None, inverse)
             if turn >= 0:
                 times[turn, :, index] = between - start, time.perf_counter() - between
     segments, heads = np.median(times, axis=0)

@@ -22,10 +22,10 @@ from offramp.policy import Policy, PolicyState, joined
 from offramp.runtime.decoder import Chunk, Decoder, open_decoder
 from offramp.runtime.engine import SegmentOutput
 from offramp.runtime.text import Detokenizer, checked_tokens
+from offramp.scores import log_probabilities
 
 _HEAD_ROWS = 256  # positions that a head answers at once: their logits over a vocabulary of 49,152 take 50 MB
 _USUAL_CHUNK = 128
-_MAX_PROB = SCORES.index("max_prob")
 
 
 @dataclass(frozen=True)
@@ -228,14 +228,15 @@ class Scorer:
         chosen = np.arange(len(hidden)) if asked == "answers" else leaves.nonzero()[0]
         for start in range(0, len(chosen), _HEAD_ROWS):
             some = chosen[start : start + _HEAD_ROWS]
-            told = None if learned is None else learned[some]
-            out = self.decoder.answer(index, hidden[some], told, self._inverse[index])
-            found = log_probabilities(out, target[some], self._inverse[index])
             if asked == "answers":
+                told = None if learned is None else learned[some]
+                out = self.decoder.answer(index, hidden[some], told, self._inverse[index])
                 leaves[some], _, after = self.policy.decide(index, out, state.rows(some) if state else None)
-                found = found[leaves[some]]
+                logits, some = out.logits[leaves[some]], some[leaves[some]]
                 states.append(after)
-            log_probs.append(found)
+            else:
+                logits = self.decoder.logits(index, hidden[some])
+            log_probs.append(log_probabilities(logits, target[some], self._inverse[index]))
         return leaves, np.concatenate(log_probs), joined(states) if states else state
 
     def _note(self, found: list[Said], part: _Part, index: int, chunk: Chunk) -> None:
@@ -245,7 +246,7 @@ class Scorer:
             some = slice(start, start + _HEAD_ROWS)
             learned = None if chunk.learned is None else chunk.learned[row[some], place[some]]
             out = self.decoder.answer(index, chunk.hidden[row[some], place[some]], learned, self._inverse[index])
-            log_probs = log_probabilities(out, target[some], self._inverse[index])
+            log_probs = log_probabilities(out.logits, target[some], self._inverse[index])
             for slot in np.unique(row[some]).tolist():
                 own = row[some] == slot
                 text, at = found[part.numbers[slot]], part.start + place[some][own]
@@ -253,13 +254,3 @@ class Scorer:
                 text.scores[at, index] = out.scores[own]
                 if learned is not None:
                     text.learned[at, index] = learned[own]
-
-
-def log_probabilities(
-    out: SegmentOutput, target: NDArray[np.int64], inverse_temperature: np.float32
-) -> NDArray[np.float32]:
-    """Natural logarithms of what an exit gives to `target` (P,), from its largest probability: no second softmax."""
-    rows = np.arange(len(target))
-    largest, wanted = out.logits[rows, out.prediction], out.logits[rows, target]
-    found: NDArray[np.float32] = (wanted - largest) * inverse_temperature + np.log(out.scores[:, _MAX_PROB])
-    return found

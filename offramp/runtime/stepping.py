@@ -104,26 +104,25 @@ class Stepper:
             assert last.learned is not None, "the policy was checked"
             decision = self._policy.decide(index, SegmentOutput.of_gate(last.learned), state)
             leaves = decision.leaves
-            if leaves.any():
-                out = self._decoder.answer(index, last.hidden[leaves], None, self._inverse[index])
+            logits = self._decoder.logits(index, last.hidden[leaves]) if leaves.any() else None
         else:
             out = self._decoder.answer(index, last.hidden, last.learned, self._inverse[index])
             decision = self._policy.decide(index, out, state)
             leaves = decision.leaves
-            out = out.rows(leaves)
+            logits = out.logits[leaves]
         going = [row for row, leaving in zip(rows, leaves.tolist(), strict=True) if leaving]
-        tokens = self._tokens(low, out, going) if going else []
+        tokens = self._tokens(low, logits, going) if logits is not None else []
         return leaves, {row: Decided(token, index) for row, token in zip(going, tokens, strict=True)}, decision.state
 
     def _answered(self, low: int, index: int, last: Last, rows: Sequence[int]) -> list[Decided]:
-        out = self._decoder.answer(index, last.hidden, None, self._inverse[index])
-        return [Decided(token, index) for token in self._tokens(low, out, rows)]
+        logits = self._decoder.logits(index, last.hidden)
+        return [Decided(token, index) for token in self._tokens(low, logits, rows)]
 
-    def _tokens(self, low: int, out: SegmentOutput, rows: Sequence[int]) -> list[int]:
+    def _tokens(self, low: int, logits: NDArray[np.float32], rows: Sequence[int]) -> list[int]:
         if self._choose is None:
-            tokens: list[int] = out.prediction.tolist()
+            tokens: list[int] = logits.argmax(axis=1).tolist()
             return tokens
-        return [self._choose(low + row, logits) for row, logits in zip(rows, out.logits, strict=True)]
+        return [self._choose(low + row, row_logits) for row, row_logits in zip(rows, logits, strict=True)]
 
     def _bring(self, index: int, low: int, rows: list[int], *, all_active: bool = False) -> Last:
         """Bring all that waits of `rows` through segment `index`; what its exit says about their last positions.
@@ -174,16 +173,15 @@ class Stepper:
                 last = self._bring(index, low, rows, all_active=True)
             if len(proposed) + 1 == most:  # what follows the last one read is decided at full depth anyway
                 break
-            out = decoder.answer(exit_index, last.hidden, last.learned, self._inverse[exit_index])
-            if self._policy.asks(exit_index) != "nothing" and not self._policy.decide(exit_index, out).leaves.any():
+            reading = self._proposal(last)
+            if not reading:
                 break
-            reading = out.prediction.tolist()
             proposed.append(reading)
         number = len(proposed) + 1
         for index in range(exit_index + 1, self._final + 1):
             chunk = decoder.advance(index, low, [number] * len(rows))
         states = chunk.hidden[:, :number].reshape(len(rows) * number, -1)
-        right = decoder.answer(self._final, states, None, self._inverse[self._final]).prediction
+        right = decoder.logits(self._final, states).argmax(axis=1)
         found = []
         for row, wanted in enumerate(right.reshape(len(rows), number).tolist()):
             accepted = [step[row] for step in proposed]
@@ -192,6 +190,20 @@ class Stepper:
             decided.append(Decided(wanted[agreeing], self._final))
             found.append(decided)
             decoder.clear(low + row, start[row] + len(decided))
+        return found
+
+    def _proposal(self, last: Last) -> list[int]:
+        """A token for every row from the exit that proposes; none when it would let no row go."""
+        index, asked = self._proposing, self._policy.asks(self._proposing)
+        if asked == "answers":
+            out = self._decoder.answer(index, last.hidden, last.learned, self._inverse[index])
+            tokens: list[int] = out.prediction.tolist()
+            return tokens if self._policy.decide(index, out).leaves.any() else []
+        if asked == LEARNED:
+            assert last.learned is not None, "the policy was checked"
+            if not self._policy.decide(index, SegmentOutput.of_gate(last.learned)).leaves.any():
+                return []
+        found: list[int] = self._decoder.logits(index, last.hidden).argmax(axis=1).tolist()
         return found
 
 

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from offramp.bundle import SCORES
 from offramp.errors import DataError, OptionError
 from offramp.policy import POLICY_SCORES, Policy
+from offramp.scores import scores_from_logits
 from offramp.trace import UNKNOWN, Trace
 from offramp.tuning.regression import fastest_values, value_errors
 from offramp.tuning.replay import (
@@ -25,7 +26,6 @@ from offramp.tuning.replay import (
     expected_cost_ms,
     mean_depth,
     replay,
-    scores_from_logits,
 )
 from offramp.tuning.temperature import ECE_LIMIT, expected_calibration_error, temperature_if_needed
 from offramp.tuning.thresholds import Reference, fastest_thresholds, right_rows, thresholds_for_speedup

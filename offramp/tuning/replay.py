@@ -6,7 +6,6 @@ still there. Nothing is executed: scores come from the trace, or from its logits
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -15,6 +14,7 @@ from numpy.typing import NDArray
 
 from offramp.errors import DataError
 from offramp.policy import FINAL, Policy
+from offramp.scores import scores_from_logits
 from offramp.trace import UNKNOWN, Trace
 
 
@@ -34,26 +34,6 @@ class Recorded(NamedTuple):
     prediction: NDArray[np.int64]
     scores: NDArray[np.float32]
     learned: NDArray[np.float32] | None
-
-
-def scores_from_logits(logits: NDArray[np.float32], inverse_temperature: np.float32 | float) -> NDArray[np.float32]:
-    """The scores of logits (N, C), as a segment's score head computes them in float32.
-
-    Returns (N, 3) in [0, 1]: max probability, margin of the two largest, entropy divided by log C; see
-    `thresholds.MIN_GAP` for how far an engine's may be from them. Raises DataError when C < 2.
-    """
-    if logits.ndim != 2 or logits.shape[1] < 2:
-        raise DataError(f"scores: got logits of shape {logits.shape}, expected (rows, at least 2 classes)")
-    scaled = np.asarray(logits, np.float32) * np.float32(inverse_temperature)
-    shifted = scaled - scaled.max(axis=1, keepdims=True)  # (N, C) <= 0
-    powers = np.exp(shifted)
-    total = powers.sum(axis=1, keepdims=True)  # (N, 1) in [1, C]
-    probabilities = powers / total  # (N, C)
-    log_probabilities = shifted - np.log(total)  # finite where log(probabilities) would be -inf
-    second, first = np.partition(probabilities, -2, axis=1)[:, -2:].T
-    entropy = -(probabilities * log_probabilities).sum(axis=1) / np.float32(math.log(logits.shape[1]))
-    scores = np.stack([first, first - second, entropy], axis=1)
-    return scores.clip(0, 1)  # rounding takes the entropy of a uniform row above 1
 
 
 def scores_at(trace: Trace, inverse_temperatures: NDArray[np.float32]) -> NDArray[np.float32]:

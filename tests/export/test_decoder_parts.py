@@ -60,7 +60,7 @@ def test_a_decoder_is_verified_against_its_whole_graph(bundle: Path, monkeypatch
     run_head = module.run_head
 
     def wrong(session, hidden):
-        return {name: value + 1 for name, value in run_head(session, hidden).items()}
+        return run_head(session, hidden) + 1
 
     monkeypatch.setattr(module, "run_head", wrong)
     with pytest.raises(ParityError, match="logits of exit logits_"):

@@ -26,8 +26,8 @@ from offramp.models.encoder import EncoderConfig, encoder_from_pretrained
 from offramp.models.rows import padded
 from offramp.policy import FINAL, Policy
 from offramp.runtime import Result
+from offramp.scores import scores_from_logits
 from offramp.trace import Trace
-from offramp.tuning.replay import scores_from_logits
 
 MAX_LENGTH = 128
 SEED = 0  # of the exit heads: their weights are random, the encoder's are the pretrained ones

@@ -14,8 +14,8 @@ from faked import Faked
 from offramp.bundle import load_manifest
 from offramp.errors import BackendError
 from offramp.runtime import Engine, FakeEngine, TensorRtOptions
-from offramp.runtime.fake import scores_from_logits
 from offramp.runtime.onnxruntime_engine import open_onnxruntime_engines
+from offramp.scores import scores_from_logits
 
 ONE = np.float32(1)
 SCORE_TOLERANCE = 1e-6  # exp and log of numpy against ONNX Runtime's, in [0, 1]: seen up to 1.8e-7

@@ -101,11 +101,11 @@ def test_deferred_keys_and_values_are_those_of_full_depth(bundle: Path) -> None:
 def test_a_closed_exit_runs_no_head_and_a_gate_only_for_those_that_leave(bundle: Path, monkeypatch) -> None:
     with Generator.open(bundle, Policy.full_depth(), threads=1) as generator:
         asked: list[tuple[int, int]] = []
-        answer = generator.decoder.answer
+        logits = generator.decoder.logits
         monkeypatch.setattr(
             generator.decoder,
-            "answer",
-            lambda k, hidden, *more: asked.append((k, len(hidden))) or answer(k, hidden, *more),
+            "logits",
+            lambda k, hidden: asked.append((k, len(hidden))) or logits(k, hidden),
         )
         generator.generate([decoders.PROMPTS[0]], GenerateOptions(6))
         assert asked == [(2, 1)] * 6

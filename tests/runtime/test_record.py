@@ -9,7 +9,8 @@ import tiny
 from offramp.errors import DataError, OptionError
 from offramp.policy import Policy
 from offramp.runtime import Runner, SegmentOutput, fake_runner
-from offramp.runtime.fake import FakeEngine, scores_from_logits
+from offramp.runtime.fake import FakeEngine
+from offramp.scores import scores_from_logits
 from offramp.trace import UNKNOWN
 
 

@@ -66,7 +66,7 @@ def test_positions_that_left_are_not_computed(decoder_bundle: Path, monkeypatch:
     with Scorer.open(decoder_bundle, GATED, threads=1, max_batch=3) as scorer:
         asked: list[tuple[int, int]] = []
         brought: list[tuple[int, int]] = []
-        answer, advance = scorer.decoder.answer, scorer.decoder.advance
+        logits, advance = scorer.decoder.logits, scorer.decoder.advance
 
         def counted(index, low, counts, active=None):
             brought.append((index, sum(counts if active is None else map(len, active))))
@@ -74,8 +74,8 @@ def test_positions_that_left_are_not_computed(decoder_bundle: Path, monkeypatch:
 
         monkeypatch.setattr(
             scorer.decoder,
-            "answer",
-            lambda k, hidden, *more: asked.append((k, len(hidden))) or answer(k, hidden, *more),
+            "logits",
+            lambda k, hidden: asked.append((k, len(hidden))) or logits(k, hidden),
         )
         monkeypatch.setattr(scorer.decoder, "advance", counted)
         found = scorer.score(TEXTS)

@@ -1,4 +1,3 @@
-import math
 from dataclasses import replace as changed
 
 import numpy as np
@@ -10,6 +9,7 @@ from traces import random_trace, trace_by_hand
 
 from offramp.errors import DataError, OptionError
 from offramp.policy import FINAL, Policy
+from offramp.scores import scores_from_logits
 from offramp.trace import UNKNOWN
 from offramp.tuning.replay import (
     accuracy,
@@ -19,9 +19,7 @@ from offramp.tuning.replay import (
     mean_depth,
     replay,
     scores_at,
-    scores_from_logits,
 )
-from offramp.tuning.thresholds import MIN_GAP
 
 SCORE_NAMES = ("max_prob", "margin", "entropy")
 LIMITS = st.lists(st.one_of(st.none(), st.floats(0, 1)), min_size=3, max_size=3)
@@ -45,63 +43,6 @@ def row_by_row(policy, trace):
         heard = [Said(trace.logits[one, k], trace.predictions[one, k], scores[one, k]) for k in range(trace.num_exits)]
         early = range(trace.num_exits - 1)
         yield next((k for k in early if lets_go(policy, heard[: k + 1], trace.num_exits)), trace.num_exits - 1)
-
-
-def test_scores_by_hand():
-    scores = scores_from_logits(np.log(np.array([[0.7, 0.2, 0.1]], np.float32)), 1.0)
-    entropy = -(0.7 * math.log(0.7) + 0.2 * math.log(0.2) + 0.1 * math.log(0.1)) / math.log(3)
-    assert scores.dtype == np.float32
-    np.testing.assert_allclose(scores, [[0.7, 0.5, entropy]], rtol=1e-6)
-
-
-def test_inverse_temperature_scales_the_log_odds():
-    logits = np.log(np.array([[0.25, 0.75]], np.float32))
-    np.testing.assert_allclose(scores_from_logits(logits, 2.0)[0, :2], [0.9, 0.8], rtol=1e-6)
-
-
-def test_scores_of_flat_and_extreme_rows():
-    flat = scores_from_logits(np.zeros((1, 7), np.float32), 1.0)
-    np.testing.assert_allclose(flat, [[1 / 7, 0, 1]], atol=1e-6)
-    sure = scores_from_logits(np.array([[500.0, -500.0, 0.0]], np.float32), 20.0)
-    np.testing.assert_array_equal(sure, [[1, 1, 0]])
-
-
-@given(st.lists(st.lists(st.floats(-30, 30, width=32), min_size=4, max_size=4), max_size=8), st.floats(0.05, 20))
-def test_scores_stay_in_range(rows, inverse_temperature):
-    scores = scores_from_logits(np.array(rows, np.float32).reshape(-1, 4), inverse_temperature)
-    assert scores.shape == (len(rows), 3)
-    assert ((scores >= 0) & (scores <= 1)).all()
-
-
-@pytest.mark.parametrize("num_classes", [2, 3, 37, 500])
-def test_scores_are_those_of_the_segments_score_head(num_classes):
-    """Within half of MIN_GAP, the distance that thresholds keep from the scores of a trace."""
-    onnx = pytest.importorskip("onnx")
-    onnxruntime = pytest.importorskip("onnxruntime")
-    from offramp.export.score_head import score_head
-
-    nodes, constants = score_head(num_classes, opset=20)
-    float32 = onnx.TensorProto.FLOAT
-    value = onnx.helper.make_tensor_value_info
-    graph = onnx.helper.make_graph(
-        nodes,
-        "head",
-        [value("logits", float32, ["rows", num_classes]), value("inverse_temperature", float32, [])],
-        [value("scores", float32, ["rows", 3])],
-        constants,
-    )
-    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 20)], ir_version=10)
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
-    logits = (np.random.default_rng(0).normal(size=(2000, num_classes)) * 4).astype(np.float32)
-    inverse = np.float32(1 / 1.37)
-    (scores,) = session.run(["scores"], {"logits": logits, "inverse_temperature": np.asarray(inverse)})
-    assert np.abs(scores - scores_from_logits(logits, inverse)).max() < MIN_GAP / 2
-
-
-@pytest.mark.parametrize("shape", [(3,), (3, 1)])
-def test_scores_need_two_classes(shape):
-    with pytest.raises(DataError, match="at least 2 classes"):
-        scores_from_logits(np.zeros(shape, np.float32), 1.0)
 
 
 def test_replay_by_hand():

@@ -11,9 +11,10 @@ from traces import random_trace, trace_by_hand, trace_from_logits
 from offramp.bundle import SCORES
 from offramp.errors import DataError, OptionError
 from offramp.policy import Policy
+from offramp.scores import scores_from_logits
 from offramp.trace import UNKNOWN
 from offramp.tuning import search
-from offramp.tuning.replay import accuracy, expected_cost_ms, replay, scores_from_logits
+from offramp.tuning.replay import accuracy, expected_cost_ms, replay
 from offramp.tuning.thresholds import MIN_GAP, fastest_thresholds, thresholds_for_speedup
 
 # confidences (4, 3): exit 0 ranks the rows, exit 1 tells only the last one apart

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from offramp.scores import scores_from_logits
 from offramp.trace import Trace
-from offramp.tuning.replay import scores_from_logits
 
 
 def trace_from_logits(logits, labels, costs_ms=None):
