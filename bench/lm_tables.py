@@ -16,8 +16,9 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -69,21 +70,34 @@ REFERENCE_3 = {  # confidence-routed, 3 layers: perplexity, shallow %, compute %
 }
 
 
+class Said(NamedTuple):
+    """Loss, largest probability and gate of every exit at P positions, (P, E) each, and the model's configuration."""
+
+    losses: NDArray[np.float64]
+    sure: NDArray[np.float64]
+    gates: NDArray[np.float64] | None
+    config: Any
+
+
 @torch.inference_mode()
-def exits_of(checkpoint: Path, num_windows: int) -> tuple[NDArray[np.float64], NDArray[np.float64], Any]:
-    """Loss and largest probability of every exit at every position of the test split, (P, E) each, and the config."""
+def exits_of(checkpoint: Path, num_windows: int) -> Said:
+    """What every exit says at every position of the test split."""
     found = load_checkpoint(checkpoint)
     assert found.tokenizer_path is not None
     tokenizer = Tokenizer.from_file(str(found.tokenizer_path))
     rows = token_rows(tokenizer, load_shakespeare().test, found.max_length).tokens[:num_windows]
-    losses, sure = [], []
+    losses, sure, gates = [], [], []
     for start in range(0, len(rows), _BATCH):
         window = torch.from_numpy(rows[start : start + _BATCH])
-        logits = [said.logits for said in found.model(window[:, :-1])]  # (P, V) each
+        exits = found.model(window[:, :-1])
+        logits = [said.logits for said in exits]  # (P, V) each
         after = window[:, 1:].flatten()
         losses.append(torch.stack([functional.cross_entropy(one, after, reduction="none") for one in logits], 1))
         sure.append(torch.stack([one.softmax(-1).amax(-1) for one in logits], 1))
-    return torch.cat(losses).double().numpy(), torch.cat(sure).double().numpy(), found.config
+        if found.config.gated:
+            gates.append(torch.stack([said.learned.float() for said in exits[:-1]] + [torch.ones(len(after))], 1))
+    gate = torch.cat(gates).double().numpy() if gates else None
+    return Said(torch.cat(losses).double().numpy(), torch.cat(sure).double().numpy(), gate, found.config)
 
 
 def left_at(sure: NDArray[np.float64], threshold: float | None) -> NDArray[np.int64]:
@@ -140,28 +154,31 @@ def ms_per_token(generator: Generator, policy: Policy, prompt: list[int], count:
     return 1e3 * (time.perf_counter() - start) / max(1, taken)
 
 
-def measured(checkpoint: Path, prompts: list[list[int]], count: int, rounds: int) -> dict[str, dict[str, float]]:
-    """Median milliseconds per generated token and the speedup over full depth, by threshold; rounds interleaved."""
+def measured(
+    checkpoint: Path, prompts: list[list[int]], count: int, rounds: int, scores: Sequence[str]
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Median milliseconds per generated token and the speedup over full depth, by score and threshold, interleaved."""
     with tempfile.TemporaryDirectory() as folder:
         bundle = Path(folder) / "bundle"
         export_language_model(checkpoint, bundle, ExportOptions(precision="fp32"), lambda _: None)
         with Generator.open(bundle, threads=1) as generator:
             early = generator.decoder.num_exits - 1
-            policies = {str(t): Policy.thresholds("max_prob", [t] * early) for t in (*LOWER, *EARLY_EXIT)}
-            policies = {
-                "none": Policy.full_depth(),
-                "first exit": Policy.thresholds("max_prob", [0.0] * early),
-                **policies,
-            }
-            times: dict[str, list[float]] = {name: [] for name in policies}
+            policies: dict[tuple[str, str], Policy] = {}
+            for score in scores:
+                policies[score, "none"] = Policy.full_depth()
+                for t in (*LOWER, *EARLY_EXIT):
+                    policies[score, str(t)] = Policy.thresholds(score, [t] * early)
+                policies[score, "first exit"] = Policy.thresholds(score, [0.0] * early)
+            times: dict[tuple[str, str], list[float]] = {name: [] for name in policies}
             for number in range(rounds + 1):
                 for name, policy in policies.items():
                     times[name].append(ms_per_token(generator, policy, prompts[number % len(prompts)], count))
     medians = {name: float(np.median(values[1:])) for name, values in times.items()}  # the first round warms up
-    return {
-        name: {"ms_per_token": round(value, 4), "speedup_measured": round(medians["none"] / value, 3)}
-        for name, value in medians.items()
-    }
+    found: dict[str, dict[str, dict[str, float]]] = {score: {} for score in scores}
+    for (score, name), value in medians.items():
+        speedup = round(medians[score, "none"] / value, 3)
+        found[score][name] = {"ms_per_token": round(value, 4), "speedup_measured": speedup}
+    return found
 
 
 def prompts_for(checkpoint: Path, count: int, length: int = 24) -> list[list[int]]:
@@ -182,15 +199,19 @@ def main() -> None:
     result: dict[str, Any] = {"machine": describe_machine(), "windows": windows}
     for name in ("early-exit", "early-exit-bk"):
         if is_trained(options.folder / name):
-            losses, sure, config = exits_of(options.folder / name, windows)
-            table: dict[str, Any] = early_exit_table(losses, sure, config.exits)
-            clock = measured(options.folder / name, prompts_for(options.folder / name, rounds + 1), tokens, rounds)
-            for threshold, found in clock.items():
-                table.setdefault(threshold, {}).update(found)
-            result[name] = table
+            said = exits_of(options.folder / name, windows)
+            scores = {"max_prob": said.sure} | ({} if said.gates is None else {"learned": said.gates})
+            prompts = prompts_for(options.folder / name, rounds + 1)
+            clock = measured(options.folder / name, prompts, tokens, rounds, list(scores))
+            result[name] = {}
+            for score, values in scores.items():
+                table: dict[str, Any] = early_exit_table(said.losses, values, said.config.exits)
+                for threshold, found in clock[score].items():
+                    table.setdefault(threshold, {}).update(found)
+                result[name][score] = table
     for name in ("routed-aux", "routed-deep", "standard-3", "standard-1"):
         if is_trained(options.folder / name):
-            losses, sure, config = exits_of(options.folder / name, windows)
+            losses, sure, _, config = exits_of(options.folder / name, windows)
             if name.startswith("standard"):
                 result[name] = {"perplexity": perplexity(losses, left_at(sure, None))}
             else:

@@ -43,7 +43,7 @@ def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     report = json.loads(run("train", folder / "tiny.toml", "-o", folder / "checkpoint", "--json"))
     assert report["measure"] == "perplexity"
     assert max(report["epochs"][-1]["validation"]) < 100
-    run("export", folder / "checkpoint", "-o", folder / "bundle", "--precision", "fp32")
+    run("export", folder / "checkpoint", "-o", folder / "bundle")
     return folder
 
 
@@ -100,3 +100,11 @@ def test_the_bundle_names_what_a_layer_remembers(trained: Path) -> None:
     assert manifest.parity["chain_bit_equal"]
     text = run("generate", trained / "bundle", "--prompt", "The harbour", "--max-new-tokens", 5, "--json")
     assert len(json.loads(text)[0]["tokens"]) == 5
+
+
+def test_tensorrt_builds_plans_of_segments_and_head(trained: Path) -> None:
+    """In FP16, the resolvent and the experts of ResNet-BK blocks included."""
+    pytest.importorskip("tensorrt_rtx")
+    done = json.loads(run("build-engine", trained / "bundle", "--max-shapes", "input_ids:2x16", "--json"))
+    assert [built["name"] for built in done["segments"]] == ["segment 0", "segment 1", "head_0"]
+    assert all(part.plans[0].fp16_share > 0.9 for part in load_manifest(trained / "bundle").parts)
