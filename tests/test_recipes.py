@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 from offramp.cli import main
@@ -16,7 +17,7 @@ from offramp.commands.sources import CALIBRATION_TEXTS, source_from_argument
 from offramp.commands.training import TrainRequest, requested_recipe
 from offramp.errors import DataError, OptionError
 from offramp.models.branchynet import BranchyNetConfig
-from offramp.models.checkpoint import Checkpoint, save_checkpoint
+from offramp.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
 from offramp.models.corpora import CORPORA
 from offramp.models.datasets import TEXTS
 from offramp.models.images import IMAGES
@@ -232,6 +233,13 @@ def test_a_teacher_must_read_and_know_the_same(tiny: Path) -> None:
         run("train", tiny, "-o", tiny.parent / "student", "--exits", "1", "--set", "stage.0.strategy=joint", *taught)[0]
         == 0
     )
+    begun = ("--set", "run.from_teacher=true", "--set", "stage.encoder_lr=1e-9", "--set", "stage.head_lr=1e-9")
+    assert run("train", tiny, "-o", tiny.parent / "same", *taught, *begun)[0] == 0
+    models = [load_checkpoint(tiny.parent / name).model.state_dict() for name in ("teacher", "same")]
+    assert all(torch.allclose(value, models[1][name], atol=1e-5) for name, value in models[0].items())
+    code, output = run("train", tiny, "-o", tiny.parent / "out", *begun)
+    assert code == 2
+    assert "got no teacher" in output
     other = tiny.parent / "other.jsonl"
     other.write_text((tiny.parent / "texts.jsonl").read_text().replace('"label": "good"', '"label": "fine"'))
     code, output = run("train", tiny, "-o", tiny.parent / "out", "--data", other, *taught)

@@ -40,6 +40,7 @@ from offramp.models.options import nearest, options_from_dict
 from offramp.models.plan import Stage
 from offramp.models.rows import ArrayRows, TrainingRows
 from offramp.models.snapshot import load_snapshot
+from offramp.models.start import start_from
 from offramp.models.train import Output, TrainReport, resume_training, train_model
 from offramp.storage import write_file
 
@@ -121,9 +122,13 @@ def _train_recipe(output: Path, recipe: Recipe, scratch: Path, resume: bool, pro
     checkpoint = load_checkpoint(output) if resume else fresh_checkpoint(recipe, splits, scratch)
     rows = rows_of(checkpoint, splits, recipe.data.limit)
     teacher = teacher_of(recipe, checkpoint)
+    if recipe.run.from_teacher and teacher is None:
+        raise OptionError("run.from_teacher: got no teacher; name the teacher's checkpoint with --teacher")
     if resume:
         report = resume_training(output, rows, progress, teacher)
     else:
+        if recipe.run.from_teacher and teacher is not None:
+            start_from(checkpoint.model, teacher)
         plan = replace(recipe, stages=useful_stages(recipe, checkpoint, rows)).plan
         report = train_model(checkpoint, rows, plan, Output(output, {"recipe": recipe.to_dict()}, progress), teacher)
     save_calibration(output, kind, splits)
