@@ -194,6 +194,11 @@ class Policy:
             return "answers"
         return LEARNED if rule.reason else "nothing"
 
+    @property
+    def scores_read(self) -> tuple[str, ...]:
+        """Which scores `decide` reads: who computes them outside of a graph need not compute the others."""
+        return tuple(name for name in SCORES if name == self.score or (name == "margin" and self.veto.margin > 0))
+
     def inverse_temperatures(self, num_exits: int) -> NDArray[np.float32]:
         """1 / temperature of every exit, (E,) float32."""
         if not self.temperatures:

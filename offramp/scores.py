@@ -7,38 +7,44 @@ dear as the methods of arrays.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 from numpy.typing import NDArray
 
+from offramp.bundle import SCORES
 from offramp.errors import DataError
 
 _BLOCK = 1 << 16  # numbers at a time: beyond the second-level cache a pass takes three times as long
 _ONE = np.float32(1)
+_MAX_PROB, _MARGIN, _ENTROPY = map(SCORES.index, ("max_prob", "margin", "entropy"))
 
 
-def scores_from_logits(logits: NDArray[np.float32], inverse_temperature: np.float32 | float) -> NDArray[np.float32]:
+def scores_from_logits(
+    logits: NDArray[np.float32], inverse_temperature: np.float32 | float, wanted: Collection[str] = SCORES
+) -> NDArray[np.float32]:
     """The scores of logits (N, C), in float32 and row by row: a row's do not depend on the rows beside it.
 
-    Returns (N, 3) in [0, 1]: max probability, margin of the two largest, entropy divided by log C; see
-    `tuning.thresholds.MIN_GAP` for how far an engine's may be from them. Raises DataError when C < 2.
+    Returns (N, 3) in [0, 1]: max probability, margin of the two largest, entropy divided by log C; NaN for a margin or
+    an entropy that is not `wanted`. See `tuning.thresholds.MIN_GAP` for how far an engine's may be from them. Raises
+    DataError when C < 2.
     """
     if logits.ndim != 2 or logits.shape[1] < 2:
         raise DataError(f"scores: got logits of shape {logits.shape}, expected (rows, at least 2 classes)")
-    scores = np.empty((len(logits), 3), np.float32)
+    scores = np.full((len(logits), len(SCORES)), np.nan, np.float32)
     log_classes = np.float32(math.log(logits.shape[1]))
     for some in _blocks(logits):
         shifted, powers, total = _powers(logits[some], inverse_temperature)
-        # The sum of p log p, where log p is shifted - log(total), finite where log(p) would be -inf.
-        information = np.add.reduce(np.multiply(shifted, powers, out=shifted), axis=1) / total - np.log(total)
-        first = _ONE / total
-        powers[np.arange(len(powers)), powers.argmax(axis=1)] = 0  # it was 1; sorting takes ten times as long
-        second = np.maximum.reduce(powers, axis=1) / total
-        column = scores[some]
-        column[:, 0], column[:, 1], column[:, 2] = first, first - second, information / -log_classes
-    # Rounding takes the entropy of a uniform row above 1.
-    return np.minimum(np.maximum(scores, 0, out=scores), _ONE, out=scores)
+        first = scores[some, _MAX_PROB] = _ONE / total
+        if "entropy" in wanted:
+            # The sum of p log p, where log p is shifted - log(total), finite where log(p) would be -inf.
+            information = np.add.reduce(np.multiply(shifted, powers, out=shifted), axis=1) / total - np.log(total)
+            entropy = information / -log_classes  # that of a uniform row is rounded above 1
+            scores[some, _ENTROPY] = entropy.clip(0, 1)
+        if "margin" in wanted:
+            powers[np.arange(len(powers)), powers.argmax(axis=1)] = 0  # it was 1; sorting takes ten times as long
+            scores[some, _MARGIN] = first - np.maximum.reduce(powers, axis=1) / total
+    return scores
 
 
 def log_probabilities(

@@ -90,3 +90,12 @@ def test_log_probabilities_are_those_of_float64():
     scaled = logits.astype(np.float64) / 1.5
     wanted = scaled[np.arange(5), target] - np.log(np.exp(scaled).sum(axis=1))
     np.testing.assert_allclose(log_probabilities(logits, target, np.float32(1 / 1.5)), wanted, rtol=1e-5)
+
+
+def test_only_what_is_wanted_is_computed():
+    logits = np.random.default_rng(2).normal(size=(3, 7)).astype(np.float32)
+    whole = scores_from_logits(logits, 1.0)
+    for wanted, columns in ((("max_prob",), [0]), (("margin",), [0, 1]), (("entropy",), [0, 2]), ((), [0])):
+        found = scores_from_logits(logits, 1.0, wanted)
+        np.testing.assert_array_equal(found[:, columns], whole[:, columns])
+        assert np.isnan(np.delete(found, columns, axis=1)).all()

@@ -6,14 +6,14 @@ that wait at the exit. `advance` brings some of them through the next segment as
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from offramp.bundle import HIDDEN, LEARNED, ROWS, ExitSpec, Manifest, read_file
+from offramp.bundle import HIDDEN, LEARNED, ROWS, SCORES, ExitSpec, Manifest, read_file
 from offramp.errors import BackendError, BundleError, InputError, OptionError
 from offramp.runtime.capacity import router_thresholds
 from offramp.runtime.engine import SegmentOutput
@@ -145,14 +145,19 @@ class Decoder:
         return bound.outputs[_LOGITS]
 
     def answer(
-        self, exit_index: int, hidden: NDArray[np.float32], learned: NDArray[np.float32] | None, inverse: np.float32
+        self,
+        exit_index: int,
+        hidden: NDArray[np.float32],
+        learned: NDArray[np.float32] | None,
+        inverse: np.float32,
+        wanted: Collection[str] = SCORES,
     ) -> SegmentOutput:
         """What an exit says about states (P, d), for a policy that wants more than its gate; logits as above.
 
-        The scores are computed here and not in the graph, so that a token that needs none does not pay for them.
+        The scores that are `wanted` are computed here and not in the graph: a token that needs none does not pay.
         """
         logits = self.logits(exit_index, hidden)
-        return SegmentOutput(None, logits, logits.argmax(axis=1), scores_from_logits(logits, inverse), learned)
+        return SegmentOutput(None, logits, logits.argmax(axis=1), scores_from_logits(logits, inverse, wanted), learned)
 
     def close(self) -> None:
         """Let go of everything."""

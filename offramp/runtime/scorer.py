@@ -230,7 +230,7 @@ class Scorer:
             some = chosen[start : start + _HEAD_ROWS]
             if asked == "answers":
                 told = None if learned is None else learned[some]
-                out = self.decoder.answer(index, hidden[some], told, self._inverse[index])
+                out = self.decoder.answer(index, hidden[some], told, self._inverse[index], self.policy.scores_read)
                 leaves[some], _, after = self.policy.decide(index, out, state.rows(some) if state else None)
                 logits, some = out.logits[leaves[some]], some[leaves[some]]
                 states.append(after)

@@ -106,13 +106,18 @@ class Stepper:
             leaves = decision.leaves
             logits = self._decoder.logits(index, last.hidden[leaves]) if leaves.any() else None
         else:
-            out = self._decoder.answer(index, last.hidden, last.learned, self._inverse[index])
+            out = self._asked(index, last)
             decision = self._policy.decide(index, out, state)
             leaves = decision.leaves
             logits = out.logits[leaves]
         going = [row for row, leaving in zip(rows, leaves.tolist(), strict=True) if leaving]
         tokens = self._tokens(low, logits, going) if logits is not None else []
         return leaves, {row: Decided(token, index) for row, token in zip(going, tokens, strict=True)}, decision.state
+
+    def _asked(self, index: int, last: Last) -> SegmentOutput:
+        """What an exit says, for a policy that asks for answers."""
+        wanted = self._policy.scores_read
+        return self._decoder.answer(index, last.hidden, last.learned, self._inverse[index], wanted)
 
     def _answered(self, low: int, index: int, last: Last, rows: Sequence[int]) -> list[Decided]:
         logits = self._decoder.logits(index, last.hidden)
@@ -196,7 +201,7 @@ class Stepper:
         """A token for every row from the exit that proposes; none when it would let no row go."""
         index, asked = self._proposing, self._policy.asks(self._proposing)
         if asked == "answers":
-            out = self._decoder.answer(index, last.hidden, last.learned, self._inverse[index])
+            out = self._asked(index, last)
             tokens: list[int] = out.prediction.tolist()
             return tokens if self._policy.decide(index, out).leaves.any() else []
         if asked == LEARNED:
