@@ -211,7 +211,9 @@ class Bench:
             "closed_ratio": round(median["closed"] / median["uncut"], 4),
             "never_ratio": round(median["never"] / median["uncut"], 4),
             "closed_ratio_to_concat": round(median["closed"] / median["concat"], 4),
+            "never_ratio_to_concat": round(median["never"] / median["concat"], 4),
             "first_exit_speedup": round(median["uncut"] / median["first_exit"], 3),
+            "first_exit_speedup_to_concat": round(median["concat"] / median["first_exit"], 3),
             "targets": {"closed_ratio": OVERHEAD, "never_ratio": OVERHEAD, "first_exit_speedup": SPEEDUP},
             "parts_ms": self.parts(np.median(segments, axis=0), np.median(heads, axis=0)),
         }
