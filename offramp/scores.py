@@ -48,9 +48,19 @@ def scores_from_logits(
 
 
 def log_probabilities(
-    logits: NDArray[np.float32], target: NDArray[np.int64], inverse_temperature: np.float32
+    logits: NDArray[np.float32],
+    target: NDArray[np.int64],
+    inverse_temperature: np.float32,
+    max_prob: NDArray[np.float32] | None = None,
 ) -> NDArray[np.float32]:
-    """Natural logarithms (N,) of the probabilities that logits (N, C) give to the classes `target` (N,)."""
+    """Natural logarithms (N,) of the probabilities that logits (N, C) give to the classes `target` (N,).
+
+    With `max_prob` (N,), each row's largest probability, no softmax is taken again.
+    """
+    if max_prob is not None:
+        largest = np.maximum.reduce(logits, axis=1)
+        known: NDArray[np.float32] = (logits[np.arange(len(target)), target] - largest) * inverse_temperature
+        return known + np.log(max_prob)
     found = np.empty(len(logits), np.float32)
     for some in _blocks(logits):
         shifted, _, total = _powers(logits[some], inverse_temperature)

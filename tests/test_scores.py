@@ -89,7 +89,10 @@ def test_log_probabilities_are_those_of_float64():
     target = np.array([0, 2999, 17, 17, 5])
     scaled = logits.astype(np.float64) / 1.5
     wanted = scaled[np.arange(5), target] - np.log(np.exp(scaled).sum(axis=1))
-    np.testing.assert_allclose(log_probabilities(logits, target, np.float32(1 / 1.5)), wanted, rtol=1e-5)
+    inverse = np.float32(1 / 1.5)
+    np.testing.assert_allclose(log_probabilities(logits, target, inverse), wanted, rtol=1e-5)
+    max_prob = scores_from_logits(logits, inverse)[:, 0]
+    np.testing.assert_allclose(log_probabilities(logits, target, inverse, max_prob), wanted, rtol=1e-5)
 
 
 def test_only_what_is_wanted_is_computed():

@@ -122,15 +122,11 @@ def _train_recipe(output: Path, recipe: Recipe, scratch: Path, resume: bool, pro
     checkpoint = load_checkpoint(output) if resume else fresh_checkpoint(recipe, splits, scratch)
     rows = rows_of(checkpoint, splits, recipe.data.limit)
     teacher = teacher_of(recipe, checkpoint)
-    if recipe.run.from_teacher:
-        if teacher is None:
-            raise OptionError("run.from_teacher: got no teacher; name the teacher's checkpoint with --teacher")
-        if not resume:
-            start_from(checkpoint.model, teacher)
-        teacher = teacher if is_weighed(recipe) else None
     if resume:
         report = resume_training(output, rows, progress, teacher)
     else:
+        if recipe.run.from_teacher and teacher is not None:
+            start_from(checkpoint.model, teacher)
         plan = replace(recipe, stages=useful_stages(recipe, checkpoint, rows)).plan
         report = train_model(checkpoint, rows, plan, Output(output, {"recipe": recipe.to_dict()}, progress), teacher)
     save_calibration(output, kind, splits)
@@ -255,24 +251,19 @@ def rows_of(checkpoint: Checkpoint, splits: Splits, limit: int = 0) -> TrainingR
     return text_rows(load_tokenizer(checkpoint.tokenizer_path, checkpoint.max_length), splits)
 
 
-def is_weighed(recipe: Recipe) -> bool:
-    """Does a stage learn from a teacher?"""
-    return any(stage.loss.teacher_weight > 0 for stage in recipe.stages)
-
-
 def teacher_of(recipe: Recipe, checkpoint: Checkpoint) -> nn.Module | None:
     """Load the recipe's teacher, None without one.
 
-    Raises OptionError if no stage weighs it, or one weighs a teacher that is not named, if it reads other tokens than
-    the model or answers other classes; DataError if its checkpoint is missing or damaged.
+    Raises OptionError if it is not used, or one is used that is not named, if it reads other tokens than the model or
+    answers other classes; DataError if its checkpoint is missing or damaged.
     """
-    is_used = is_weighed(recipe) or (recipe.run.from_teacher and bool(recipe.teacher))
+    is_used = recipe.run.from_teacher or any(stage.loss.teacher_weight > 0 for stage in recipe.stages)
     if bool(recipe.teacher) != is_used:
         raise OptionError(
             f"teacher {recipe.teacher}: no stage gives it a weight; set stage.loss.teacher_weight to 0.5 or "
             "run.from_teacher to true, or name none"
             if recipe.teacher
-            else "stage.loss.teacher_weight: got a weight and no teacher; name the teacher's checkpoint with --teacher"
+            else "stage.loss.teacher_weight or run.from_teacher: got no teacher; name its checkpoint with --teacher"
         )
     if not recipe.teacher:
         return None

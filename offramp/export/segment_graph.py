@@ -160,10 +160,9 @@ def head_graph(view: GraphView, probe: Probe, exit_and_hidden: tuple[str, str], 
     for position, node in enumerate(body):
         node.name = f"head/{node.op_type}/{position}"
     flat = f"{PREFIX}flat" if probe.tensors[name].dtype != "float32" else LOGITS
-    readers = [node for node in body if names[hidden] in node.input]
-    if len(readers) == 1 and list(readers[0].output) == [names[name]] and _is_product(view, name, hidden):
+    if is_product := _is_product(view, name, hidden):
         # A product takes positions as rows as they are; a Reshape to an output copies it, 9 % of a vocabulary's time.
-        readers[0].input[0], readers[0].output[0] = HIDDEN, flat
+        body[-1].input[0], body[-1].output[0] = HIDDEN, flat
     else:
         body = [
             helper.make_node("Unsqueeze", [HIDDEN, middle.name], [names[hidden]], f"{PREFIX}Unsqueeze"),
@@ -172,11 +171,10 @@ def head_graph(view: GraphView, probe: Probe, exit_and_hidden: tuple[str, str], 
         ]
     if flat != LOGITS:
         body.append(helper.make_node("Cast", [flat], [LOGITS], f"{PREFIX}Cast/logits", to=TensorProto.FLOAT))
-    used = {tensor for node in body for tensor in node.input}
     graph = GraphProto(
         name="head",
         node=body,
-        initializer=[*_weights(view, body, names), *(tensor for tensor in (as_rows, middle) if tensor.name in used)],
+        initializer=[*_weights(view, body, names), *([] if is_product else [as_rows, middle])],
         input=[_value(HIDDEN, probe.tensors[hidden].dtype, (ROWS, probe.shape(hidden)[-1]))],
         output=[_value(LOGITS, "float32", (ROWS, num_classes))],
     )

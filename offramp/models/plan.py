@@ -26,10 +26,9 @@ class RunOptions:
     """What all stages of a run share. Raises OptionError.
 
     `precision` is that of the matrix products; weights stay float32. "auto" takes bfloat16 where the CPU has
-    instructions for it. Parameters whose names begin with one of `frozen` never learn. With
-    `from_teacher` the model begins with what its teacher has of it. A snapshot that a killed run
-    resumes from is written every `snapshot_steps` steps (0: none) and when `snapshot_seconds` have passed; neither
-    changes the weights.
+    instructions for it. Parameters whose names begin with one of `frozen` never learn. With `from_teacher` the model
+    begins with what its teacher has of it. A snapshot that a killed run resumes from is written every `snapshot_steps`
+    steps (0: none) and when `snapshot_seconds` have passed; neither changes the weights.
     """
 
     batch_size: int = 32

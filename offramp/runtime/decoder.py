@@ -179,8 +179,6 @@ class Decoder:
         for name, array in feed.items():
             bound.inputs[name][...] = array
         bound.inputs[self.spec.past_length][...] = starts
-        if index < len(self._waiting):
-            self._waiting[index].settle()
         bound.call()
         out = bound.outputs
         if index < len(self._waiting):

@@ -7,7 +7,7 @@ past. A run of neighbouring slots is one view, so ONNX Runtime reads the past wh
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -136,39 +136,15 @@ class KeyValueCache:
             slab.resize(self._have, self._capacity)
 
 
-class _Made(NamedTuple):
-    """A chunk of hidden states where its segment put them: the first `counts[row]` of slot low + row."""
-
-    low: int
-    starts: list[int]
-    counts: list[int]
-    hidden: NDArray[Any]  # (rows, chunk, width)
-
-
 class HiddenStore:
-    """Hidden states of all positions at one exit, for those that go on later.
-
-    The chunk that came last stays where the segment put it, because most go on at once, all of them together.
-    """
+    """Hidden states of all positions at one exit, for those that go on later."""
 
     def __init__(self, width: int, slots: int, max_positions: int) -> None:
         self._most = max_positions
         self._slab = np.zeros((slots, 0, width), np.float32)
-        self._last: _Made | None = None
 
-    def write(self, low: int, starts: list[int], hidden: NDArray[Any], counts: list[int]) -> None:
-        """Take the first `counts[row]` states of `hidden` (rows, chunk, width), at `starts[row]` of slots from `low`.
-
-        Call `settle` before anything writes over `hidden`.
-        """
-        self.settle()
-        self._last = _Made(low, starts, counts, hidden)
-
-    def settle(self) -> None:
-        """Copy the chunk that came last unless it went on."""
-        if self._last is None:
-            return
-        (low, starts, counts, hidden), self._last = self._last, None
+    def write(self, low: int, starts: Sequence[int], hidden: NDArray[Any], counts: Sequence[int]) -> None:
+        """Put the first `counts[row]` states of `hidden` (rows, chunk, width) at `starts[row]` of slots from `low`."""
         needed = starts[0] + counts[0] if len(counts) == 1 else max(map(int.__add__, starts, counts))
         slots, capacity, width = self._slab.shape
         if needed > capacity:
@@ -178,13 +154,8 @@ class HiddenStore:
         for row, start in enumerate(starts):
             self._slab[low + row, start : start + counts[row]] = hidden[row, : counts[row]]
 
-    def read(self, low: int, starts: list[int], counts: list[int], chunk: int) -> NDArray[np.float32]:
-        """The states from `starts[row]` on, `counts[row]` of them, padded to (rows, chunk, width). They go on."""
-        last = self._last
-        if last and (low, starts, counts) == last[:3] and chunk == last.hidden.shape[1]:
-            self._last = None
-            return last.hidden
-        self.settle()
+    def read(self, low: int, starts: Sequence[int], counts: Sequence[int], chunk: int) -> NDArray[np.float32]:
+        """The states from `starts[row]` on, `counts[row]` of them, padded to (rows, chunk, width)."""
         if len(starts) == 1 and counts[0] == chunk:
             return self._slab[low : low + 1, starts[0] : starts[0] + chunk]  # one sequence: a view
         hidden = np.zeros((len(starts), chunk, self._slab.shape[2]), np.float32)
@@ -194,5 +165,4 @@ class HiddenStore:
 
     def move(self, source: int, target: int, length: int) -> None:
         """Put the first `length` states of slot `source` into slot `target`."""
-        self.settle()
         self._slab[target, :length] = self._slab[source, :length]

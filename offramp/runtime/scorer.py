@@ -26,6 +26,7 @@ from offramp.scores import log_probabilities
 
 _HEAD_ROWS = 256  # positions that a head answers at once: their logits over a vocabulary of 49,152 take 50 MB
 _USUAL_CHUNK = 128
+_MAX_PROB = SCORES.index("max_prob")
 
 
 @dataclass(frozen=True)
@@ -232,11 +233,12 @@ class Scorer:
                 told = None if learned is None else learned[some]
                 out = self.decoder.answer(index, hidden[some], told, self._inverse[index], self.policy.scores_read)
                 leaves[some], _, after = self.policy.decide(index, out, state.rows(some) if state else None)
-                logits, some = out.logits[leaves[some]], some[leaves[some]]
+                found = log_probabilities(out.logits, target[some], self._inverse[index], out.scores[:, _MAX_PROB])
+                log_probs.append(found[leaves[some]])
                 states.append(after)
             else:
                 logits = self.decoder.logits(index, hidden[some])
-            log_probs.append(log_probabilities(logits, target[some], self._inverse[index]))
+                log_probs.append(log_probabilities(logits, target[some], self._inverse[index]))
         return leaves, np.concatenate(log_probs), joined(states) if states else state
 
     def _note(self, found: list[Said], part: _Part, index: int, chunk: Chunk) -> None:
@@ -246,7 +248,7 @@ class Scorer:
             some = slice(start, start + _HEAD_ROWS)
             learned = None if chunk.learned is None else chunk.learned[row[some], place[some]]
             out = self.decoder.answer(index, chunk.hidden[row[some], place[some]], learned, self._inverse[index])
-            log_probs = log_probabilities(out.logits, target[some], self._inverse[index])
+            log_probs = log_probabilities(out.logits, target[some], self._inverse[index], out.scores[:, _MAX_PROB])
             for slot in np.unique(row[some]).tolist():
                 own = row[some] == slot
                 text, at = found[part.numbers[slot]], part.start + place[some][own]

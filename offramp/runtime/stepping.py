@@ -103,15 +103,16 @@ class Stepper:
         if asked == LEARNED:
             assert last.learned is not None, "the policy was checked"
             decision = self._policy.decide(index, SegmentOutput.of_gate(last.learned), state)
-            leaves = decision.leaves
-            logits = self._decoder.logits(index, last.hidden[leaves]) if leaves.any() else None
         else:
             out = self._asked(index, last)
             decision = self._policy.decide(index, out, state)
-            leaves = decision.leaves
-            logits = out.logits[leaves]
+        leaves, tokens = decision.leaves, list[int]()
         going = [row for row, leaving in zip(rows, leaves.tolist(), strict=True) if leaving]
-        tokens = self._tokens(low, logits, going) if logits is not None else []
+        if going and asked == LEARNED:
+            tokens = self._tokens(low, going, self._decoder.logits(index, last.hidden[leaves]))
+        elif going:
+            left = out if len(going) == len(rows) else out.rows(leaves)
+            tokens = self._tokens(low, going, left.logits, left.prediction)
         return leaves, {row: Decided(token, index) for row, token in zip(going, tokens, strict=True)}, decision.state
 
     def _asked(self, index: int, last: Last) -> SegmentOutput:
@@ -121,11 +122,18 @@ class Stepper:
 
     def _answered(self, low: int, index: int, last: Last, rows: Sequence[int]) -> list[Decided]:
         logits = self._decoder.logits(index, last.hidden)
-        return [Decided(token, index) for token in self._tokens(low, logits, rows)]
+        return [Decided(token, index) for token in self._tokens(low, rows, logits)]
 
-    def _tokens(self, low: int, logits: NDArray[np.float32], rows: Sequence[int]) -> list[int]:
+    def _tokens(
+        self,
+        low: int,
+        rows: Sequence[int],
+        logits: NDArray[np.float32],
+        prediction: NDArray[np.int64] | None = None,
+    ) -> list[int]:
+        """The next tokens of `rows`, whose logits these are; `prediction`, the largest, where it is known already."""
         if self._choose is None:
-            tokens: list[int] = logits.argmax(axis=1).tolist()
+            tokens: list[int] = (logits.argmax(axis=1) if prediction is None else prediction).tolist()
             return tokens
         return [self._choose(low + row, row_logits) for row, row_logits in zip(rows, logits, strict=True)]
 

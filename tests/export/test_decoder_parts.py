@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 from offramp.bundle import load_manifest, read_file
 from offramp.cli import main
 from offramp.commands.verification import verify_bundle
-from offramp.errors import ParityError
+from offramp.errors import ParityError, VersionError
 from offramp.plan import check_plan_header
 from tests import decoders
 
@@ -65,3 +65,17 @@ def test_a_decoder_is_verified_against_its_whole_graph(bundle: Path, monkeypatch
     monkeypatch.setattr(module, "run_head", wrong)
     with pytest.raises(ParityError, match="logits of exit logits_"):
         verify_bundle(bundle)
+
+
+def test_a_decoder_of_schema_3_whose_heads_had_scores_is_refused(bundle: Path) -> None:
+    document = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(document | {"schema": 3}))
+    with pytest.raises(VersionError, match="schema 3, whose heads were other graphs; export the bundle again"):
+        load_manifest(bundle)
+
+
+def test_a_head_that_is_a_product_is_nothing_else(bundle: Path) -> None:
+    onnx = pytest.importorskip("onnx")
+    graph = onnx.load(bundle / load_manifest(bundle).heads[0].graphs["fp32"].path).graph
+    assert {node.op_type for node in graph.node} <= {"Transpose", "MatMul"}
+    assert [value.name for value in (*graph.input, *graph.output)] == ["hidden", "logits"]
