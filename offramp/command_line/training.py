@@ -22,6 +22,7 @@ _CHANGES = {
     "teacher": "teacher",
     "pooling": "model.pooling",
     "early_pooling": "model.early_pooling",
+    "device": "run.device",
     "batch_size": "run.batch_size",
     "seed": "run.seed",
     "epochs": "stage.0.epochs",
@@ -60,6 +61,7 @@ def _listed(context: click.Context, _: click.Parameter, wanted: bool) -> None:
     type=int,
     help="Epochs of the stages that train early exits on what the final exit answers to unlabelled texts; 0: none.",
 )
+@click.option("--device", help="auto (the default: a GPU if PyTorch sees one), cpu, cuda, cuda:1 …")
 @click.option("--batch-size", type=int, help="Rows of a step.")
 @click.option("--encoder-lr", type=float, help="Learning rate of all but the exit heads.")
 @click.option("--head-lr", type=float, help="Learning rate of the exit heads.")

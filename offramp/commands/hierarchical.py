@@ -25,6 +25,7 @@ from offramp.commands.decoders import CONFIG, TRAINED_FORMAT, as_list, is_traine
 from offramp.commands.recipes import Recipe
 from offramp.errors import DataError, OptionError, StorageError
 from offramp.models.decoder import DecoderConfig, EarlyExitDecoder
+from offramp.models.devices import device_from_name, placed
 from offramp.models.frozen import Additions, decoder_with
 from offramp.models.llama import decoder_from_llama, default_decoder_path, load_llama
 from offramp.models.options import options_from_dict
@@ -103,6 +104,7 @@ def train_hierarchical(output: Path, recipe: Recipe, texts: Sequence[str], resum
     check_replaceable(output)
     trained = load_trained(output) if resume and is_trained(output) else begun(options, recipe, texts)
     windows = tokens_of(trained, texts, recipe)
+    device = device_from_name(recipe.run.device)
     reports: list[EpochReport] = []
     for phase in PHASES:
         if phase in trained.phases or not _has(options, phase):
@@ -110,7 +112,8 @@ def train_hierarchical(output: Path, recipe: Recipe, texts: Sequence[str], resum
         if progress:
             click.echo(f"training {phase}", err=True)
         started = time.perf_counter()
-        losses, validation = _run(phase, trained, options, windows, output)
+        with placed(device, trained.decoder):
+            losses, validation = _run(phase, trained, options, windows, output)
         mean = float(np.mean(losses)) if losses else 0.0
         reports.append(EpochReport(mean, validation, time.perf_counter() - started, len(losses)))
         trained = replace(trained, phases=(*trained.phases, phase))

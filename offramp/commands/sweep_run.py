@@ -32,7 +32,7 @@ CHECKPOINT = "checkpoint"  # of a run's folder
 State = Literal["done before", "made", "elsewhere", "waits for its teacher", "waits"]  # for a step before
 
 # Of a recipe, these change no weight.
-_NO_WEIGHT = ("snapshot_seconds", "snapshot_steps")
+_NO_WEIGHT = ("device", "snapshot_seconds", "snapshot_steps")
 
 
 @dataclass(frozen=True)

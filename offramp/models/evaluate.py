@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional
 
 from offramp.errors import OptionError
+from offramp.models.devices import device_of
 from offramp.models.losses import Answers, answers_from_exits
 from offramp.models.rows import Batch, Rows, Targets
 
@@ -34,7 +35,8 @@ class Outcome:
 
 def answers_of(model: nn.Module, batch: Batch, teacher: nn.Module | None = None) -> Answers:
     """Run the model on a batch, and the teacher on the same inputs, which learns nothing."""
-    inputs = {name: torch.from_numpy(array) for name, array in batch.inputs.items()}
+    device = device_of(model)
+    inputs = {name: torch.from_numpy(array).to(device) for name, array in batch.inputs.items()}
     told = None
     if teacher is not None:
         with torch.no_grad():
@@ -51,10 +53,10 @@ def outcome_of(model: nn.Module, rows: Rows) -> Outcome:
     with torch.inference_mode():
         for batch in rows.batches(EVALUATION_BATCH, seed=0):
             answers = answers_of(model, batch)
-            missing = torch.full((len(batch.targets),), torch.nan)
-            logits.append(torch.stack([said.float() for said in answers.logits], 1))
+            missing = answers.logits[0].new_full((len(batch.targets),), torch.nan, dtype=torch.float32)
+            logits.append(torch.stack([said.float() for said in answers.logits], 1).cpu())
             sure = [missing if told is None else told.float().reshape(-1) for told in answers.learned]
-            learned.append(torch.stack(sure, 1))
+            learned.append(torch.stack(sure, 1).cpu())
             targets.append(batch.targets)
     return Outcome(torch.cat(logits).numpy(), torch.cat(learned).numpy(), np.concatenate(targets))
 
@@ -84,9 +86,10 @@ def perplexity_per_exit(model: nn.Module, rows: Rows) -> tuple[float, ...]:
     totals: list[NDArray[np.float64]] = []  # one (E,) per batch: a vocabulary of logits is not kept
     with torch.inference_mode():
         for batch in rows.batches(EVALUATION_BATCH, seed=0):
-            targets = torch.from_numpy(batch.targets).flatten()
-            losses = [functional.cross_entropy(said.float(), targets) for said in answers_of(model, batch).logits]
-            totals.append(len(targets) * torch.stack(losses).double().numpy())
+            said = answers_of(model, batch).logits
+            targets = torch.from_numpy(batch.targets).to(said[0].device).flatten()
+            losses = [functional.cross_entropy(logits.float(), targets) for logits in said]
+            totals.append(len(targets) * torch.stack(losses).cpu().double().numpy())
     return tuple(float(value) for value in np.exp(np.sum(totals, axis=0) / rows.targets.size))
 
 

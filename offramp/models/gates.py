@@ -60,7 +60,7 @@ def gate_loss(scores: Sequence[Tensor], losses: Tensor, costs: Sequence[float], 
     `losses` (E, P) is what each exit's answer costs in nats; `costs` (E,) the share of the layers it needs.
     """
     shares = exit_shares([leaves_by_chance(score, options) for score in scores])
-    paid = losses + options.cost_weight * torch.tensor(costs, dtype=losses.dtype)[:, None]
+    paid = losses + options.cost_weight * losses.new_tensor(costs)[:, None]
     return (shares * paid).sum(0).mean()
 
 
@@ -69,7 +69,7 @@ def best_gates(losses: Tensor, costs: Sequence[float], cost_weight: float) -> Te
 
     It leaves when no later exit is cheaper, loss and cost together. What gates begin from, as targets.
     """
-    paid = losses + cost_weight * torch.tensor(costs, dtype=losses.dtype)[:, None]
+    paid = losses + cost_weight * losses.new_tensor(costs)[:, None]
     later = paid.flip(0).cummin(0).values.flip(0)
     return paid[:-1] <= later[1:]
 

@@ -17,9 +17,10 @@ from torch.nn import functional
 
 from offramp.errors import OptionError
 from offramp.models.decoder import EarlyExitDecoder, ExitSaid
+from offramp.models.devices import device_of, products
 from offramp.models.frozen import early_parts
 from offramp.models.gates import GateOptions, best_gates, gate_loss, warm_loss
-from offramp.models.plan import products
+from offramp.models.randomness import forked_random_state
 from offramp.models.routers import (
     ImportanceSums,
     RouterOptions,
@@ -76,10 +77,11 @@ def train_routers(decoder: EarlyExitDecoder, tokens: Tokens, phase: RouterPhase,
     """Phase 1. Fit routers to how much each FFN is missed, let them learn end to end, set the thresholds."""
     if not decoder.config.capacities:
         raise OptionError("training routers: the decoder has none; give it capacities")
-    texts = torch.from_numpy(tokens)
+    device = device_of(decoder)
+    texts = torch.from_numpy(tokens).to(device)
     if phase.fitted:
-        sums = ImportanceSums(len(decoder.layers), decoder.config.width)
-        with products(), torch.random.fork_rng(devices=[]):
+        sums = ImportanceSums(len(decoder.layers), decoder.config.width, device)
+        with products(device=device), forked_random_state():
             torch.manual_seed(seed)
             decoder.requires_grad_(False)
             for ids in torch.split(texts[: phase.fitted], phase.learn.batch):
@@ -93,8 +95,8 @@ def train_routers(decoder: EarlyExitDecoder, tokens: Tokens, phase: RouterPhase,
         found, scores[0] = router_loss(decoder, ids, threshold, phase.options)
         return found
 
-    losses = _learn(parameters, lambda at, done: loss(texts[at], done), phase.learn, len(texts), seed)
-    with products():
+    losses = _learn(parameters, lambda at, done: loss(texts[at.to(device)], done), phase.learn, len(texts), seed)
+    with products(device=device):
         set_thresholds(decoder, torch.split(texts[-phase.calibrated :], phase.learn.batch))
     decoder.requires_grad_(False)
     return losses
@@ -115,7 +117,7 @@ def train_exits(decoder: EarlyExitDecoder, states: States, first: int, learn: St
         told = _final_logits(decoder, states.hidden[-1, at, first:])
         parts = []
         for index in range(len(decoder.exits) - 1):
-            logits = said_at(decoder, index, states.hidden[index, at].float()).logits
+            logits = said_at(decoder, index, states.hidden[index, at]).logits
             said = logits[:, first:].float().log_softmax(-1).flatten(0, 1)
             # a token that the exit does not know has no gradient and a large constant loss: it does not count
             most = told.flatten(0, 1).argmax(-1)
@@ -134,7 +136,7 @@ _MOST_NATS = 100.0  # no token that an exit knows is that unlikely; one that it 
 
 def said_at(decoder: Any, index: int, hidden: Tensor) -> ExitSaid:
     """What an early exit says about whole texts, from states (N, T, d) before its own layers."""
-    leave = decoder.exits[index]
+    leave, hidden = decoder.exits[index], hidden.to(decoder.embedding.weight)
     places, nothing = decoder.whole(*hidden.shape[:2])
     for layer in leave.layers:
         hidden, _ = layer(hidden, hidden, places, nothing)
@@ -146,11 +148,11 @@ def said_at(decoder: Any, index: int, hidden: Tensor) -> ExitSaid:
 def agreement(decoder: EarlyExitDecoder, states: States, first: int) -> list[float]:
     """How often each early exit's most likely token is the final exit's, at positions from `first` on."""
     right = np.zeros(len(decoder.exits) - 1)
-    with products():
+    with products(device=device_of(decoder)):
         for at in torch.split(torch.arange(len(states.tokens)), 16):
             told = _final_logits(decoder, states.hidden[-1, at, first:]).argmax(-1)
             for index in range(len(right)):
-                said = said_at(decoder, index, states.hidden[index, at].float()).logits[:, first:]
+                said = said_at(decoder, index, states.hidden[index, at]).logits[:, first:]
                 right[index] += (said.argmax(-1) == told).sum().item()
     return list(right / states.tokens[:, first:].numel())
 
@@ -162,12 +164,14 @@ def train_gates(decoder: EarlyExitDecoder, states: States, phase: GatePhase, see
     features, losses = _gate_features(decoder, states)
     costs = [at / decoder.config.exits[-1] for at in decoder.config.exits]
     wanted = best_gates(losses, costs, phase.options.cost_weight)
+    device = losses.device
     decoder.requires_grad_(False)
     gates: list[Any] = [leave.gate for leave in list(decoder.exits)[:-1]]
     for gate in gates:
         gate.requires_grad_(True)
 
     def loss(at: Tensor, done: float) -> Tensor:
+        at = at.to(device)
         scores = [gate(read[at].float())[..., 0] for gate, read in zip(gates, features, strict=True)]
         if done < _WARM:
             return warm_loss(scores, wanted[:, at])
@@ -186,16 +190,16 @@ def _gate_features(decoder: Any, states: States) -> tuple[list[Tensor], Tensor]:
     """What gates read, (P, d) each, and what every exit's answer costs, (E, P) in nats: KL(final | exit), capped."""
     features: list[list[Tensor]] = [[] for _ in range(len(decoder.exits) - 1)]
     costs: list[Tensor] = []
-    with products():
+    with products(device=device_of(decoder)):
         for at in torch.split(torch.arange(len(states.tokens)), 8):
             told = _final_logits(decoder, states.hidden[-1, at]).float().log_softmax(-1).flatten(0, 1)
             found = []
             for index, kept in enumerate(features):
-                said = said_at(decoder, index, states.hidden[index, at].float())
+                said = said_at(decoder, index, states.hidden[index, at])
                 kept.append(said.hidden.flatten(0, 1).half())
                 apart = said.logits.float().log_softmax(-1).flatten(0, 1).clamp(min=-_WORST_NATS)
                 found.append((told.exp() * (told - apart)).sum(-1).clamp(0, _WORST_NATS))
-            costs.append(torch.stack([*found, torch.zeros(len(told))]))
+            costs.append(torch.stack([*found, torch.zeros_like(found[0])]))
     return [torch.cat(kept) for kept in features], torch.cat(costs, 1)
 
 
@@ -206,29 +210,29 @@ _WORST_NATS = 20.0  # what an answer with a probability of nearly 0 costs at mos
 def _final_logits(decoder: EarlyExitDecoder, normed: Tensor) -> Tensor:
     final: Any = decoder.exits[-1]
     table = decoder.vocabulary(final)
-    return functional.linear(normed.to(table.dtype), table)
+    return functional.linear(normed.to(table), table)
 
 
 @torch.no_grad()
 def continuations(decoder: EarlyExitDecoder, prompts: Tokens, length: int) -> Tokens:
     """Prompts (R, P) continued to `length` tokens by the decoder itself at full depth, greedily: (R, length)."""
-    config = decoder.config
+    config, weight = decoder.config, decoder.embedding.weight
     rows, before = prompts.shape
     shape = rows, config.kv_heads, length, config.head_size
-    past = [(torch.zeros(shape), torch.zeros(shape)) for _ in range(config.num_remembering)]
-    tokens = torch.zeros(rows, length, dtype=torch.int64)
+    past = [(weight.new_zeros(shape), weight.new_zeros(shape)) for _ in range(config.num_remembering)]
+    tokens = weight.new_zeros(rows, length, dtype=torch.int64)
     tokens[:, :before] = torch.from_numpy(prompts)
     start, end = 0, before
     while end < length:
         chunk = tokens[:, start:end]
-        active = [torch.arange(end - start).repeat(rows, 1)] * (len(config.exits) - 1)
+        active = [torch.arange(end - start, device=weight.device).repeat(rows, 1)] * (len(config.exits) - 1)
         seen = [(keys[:, :, : max(start, 1)], values[:, :, : max(start, 1)]) for keys, values in past]
-        said = decoder(chunk, torch.full((rows,), start), active, seen)
+        said = decoder(chunk, tokens.new_full((rows,), start), active, seen)
         for (keys, values), (key, value) in zip(past, said.present, strict=True):
             keys[:, :, start:end], values[:, :, start:end] = key, value
         tokens[:, end] = said.exits[-1].logits[:, -1].argmax(-1)
         start, end = end, end + 1
-    return tokens.numpy()
+    return tokens.cpu().numpy()
 
 
 def _learn(
@@ -241,14 +245,15 @@ def _learn(
     """AdamW over steps of `learn.batch` of the rows; `loss_of` is given their indices and the share of steps done."""
     found = Losses()
     optimizer = torch.optim.AdamW(parameters, lr=learn.learning_rate, weight_decay=0.01)
-    with torch.random.fork_rng(devices=[]):
+    device = parameters[0].device
+    with forked_random_state():
         torch.manual_seed(seed)
         order = _batches(rows, learn.batch)
         for step in range(learn.steps):
             done = step / learn.steps
             for group in optimizer.param_groups:
                 group["lr"] = learn.learning_rate * min(1.0, 10 * (done + 1 / learn.steps)) * (1 - done)
-            with products():
+            with products(device=device):
                 loss = loss_of(next(order), done)
             optimizer.zero_grad()
             loss.backward()  # type: ignore[no-untyped-call]

@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal, get_args
-
-import torch
+from typing import get_args
 
 from offramp.errors import OptionError
+from offramp.models.devices import Precision
 from offramp.models.strategies import STRATEGIES, LossOptions, Strategy, check_from_zero
-
-Precision = Literal["auto", "float32", "bfloat16"]
 
 WEIGHT_DECAY = 0.01  # arXiv 1810.04805, appendix A.2; not on biases and LayerNorm
 # Half of MiniLM's parameters are the word table; leaving it frozen cost no accuracy (docs/log.md) and saves its
@@ -25,14 +21,16 @@ FROZEN = ("embeddings.word_embeddings.", "encoder.embeddings.word_embeddings.")
 class RunOptions:
     """What all stages of a run share. Raises OptionError.
 
-    `precision` is that of the matrix products; weights stay float32. "auto" takes bfloat16 where the CPU has
-    instructions for it. Parameters whose names begin with one of `frozen` never learn. With `from_teacher` the model
-    begins with what its teacher has of it. A snapshot that a killed run resumes from is written every `snapshot_steps`
-    steps (0: none) and when `snapshot_seconds` have passed; neither changes the weights.
+    `device` is cpu, cuda, cuda:1 …; "auto" takes a GPU where there is one. `precision` is that of the matrix products;
+    weights stay float32. "auto" takes bfloat16 where the device has instructions for it. Parameters whose names begin
+    with one of `frozen` never learn. With `from_teacher` the model begins with what its teacher has of it. A snapshot
+    that a killed run resumes from is written every `snapshot_steps` steps (0: none) and when `snapshot_seconds` have
+    passed; neither changes the weights.
     """
 
     batch_size: int = 32
     seed: int = 0
+    device: str = "auto"
     precision: Precision = "auto"
     weight_decay: float = WEIGHT_DECAY
     frozen: tuple[str, ...] = FROZEN
@@ -111,25 +109,6 @@ class Plan:
                 return stage, first
             first += stage.epochs
         raise AssertionError(f"epoch {epoch} of {self.num_epochs}")
-
-
-def precision_of_cpu(precision: Precision) -> Literal["float32", "bfloat16"]:
-    """Resolve "auto": bfloat16 where the CPU multiplies it in hardware (AVX512_BF16 or AMX), else float32.
-
-    Elsewhere bfloat16 is emulated and slower than float32.
-    """
-    if precision != "auto":
-        return precision
-    capabilities = torch.cpu.get_capabilities()
-    in_hardware = any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-    return "bfloat16" if in_hardware else "float32"
-
-
-@contextmanager
-def products(precision: Precision = "auto") -> Iterator[None]:
-    """Compute matrix products in `precision`, the rest in float32."""
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=precision_of_cpu(precision) == "bfloat16"):
-        yield
 
 
 def check_at_least(name: str, value: int, least: int) -> None:

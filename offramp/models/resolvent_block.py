@@ -78,7 +78,8 @@ class ResolventLayer(nn.Module):
         """
         said = self.experts(self.norm(active))
         before = last_of(past[0][:, 0], places.past_length)  # (N, 2)
-        with torch.autocast("cpu", enabled=False) if torch.is_autocast_enabled("cpu") else nullcontext():
+        device = said.device.type
+        with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
             potential = self.potential(said.float())[..., 0]  # (N, A)
             left = resolvent_diagonal(potential) if self.two_sided else causal_resolvent(potential, before)
             if places.active is not None:

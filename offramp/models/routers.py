@@ -132,9 +132,9 @@ class ImportanceSums:
     router's score is fitted to the logarithm of it (in closed form: one backward pass per text, no learning rate).
     """
 
-    def __init__(self, layers: int, width: int) -> None:
-        self._squares = torch.zeros(layers, width + 1, width + 1, dtype=torch.float64)
-        self._products = torch.zeros(layers, width + 1, dtype=torch.float64)
+    def __init__(self, layers: int, width: int, device: torch.device | None = None) -> None:
+        self._squares = torch.zeros(layers, width + 1, width + 1, dtype=torch.float64, device=device)
+        self._products = torch.zeros(layers, width + 1, dtype=torch.float64, device=device)
 
     def add(self, decoder: Any, ids: Tensor) -> None:
         """Read texts (N, T), draw an answer for every position, and look at every FFN's part in it."""
@@ -163,7 +163,7 @@ class ImportanceSums:
     def fit(self, decoder: Any, ridge: float = 0.3) -> None:
         """Set the routers; `ridge` is the share of the mean square of a feature that is added to all of them."""
         for layer, squares, products in zip(decoder.layers, self._squares, self._products, strict=True):
-            added = ridge * squares.diagonal().mean() * torch.eye(len(squares), dtype=squares.dtype)
+            added = ridge * squares.diagonal().mean() * torch.eye(len(squares)).to(squares)
             added[-1, -1] = 0  # the mean is not held back
             weights = torch.linalg.solve(squares + added, products).float()
             with torch.no_grad():

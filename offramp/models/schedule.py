@@ -78,7 +78,7 @@ def _skipping(rate: float) -> Any:
     def hook(layer: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
         if not (layer.training and isinstance(output, Tensor) and output.shape == inputs[0].shape):
             return None  # a layer that prunes tokens cannot be skipped
-        skipped = torch.rand(len(output)) < rate  # (N,)
+        skipped = torch.rand(len(output)).to(output.device) < rate  # (N,)
         return torch.where(skipped.view(-1, *[1] * (output.ndim - 1)), inputs[0], output)
 
     return hook

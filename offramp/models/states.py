@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from offramp.errors import DataError
-from offramp.models.plan import products
+from offramp.models.devices import device_of, products
 from offramp.storage import write_file
 
 _ABOUT = "states.json"
@@ -80,10 +80,11 @@ def kept_array(file: Path, make: Callable[[], NDArray[Any]]) -> NDArray[Any]:
 
 @torch.no_grad()
 def hidden_states(decoder: Any, ids: Tensor, capacity: int = -1) -> Tensor:
-    """States (E, N, T, d) of texts (N, T) as `States` has them; products in bfloat16 where the CPU has it."""
-    with products():
-        found = _at_exits(decoder, ids, capacity)
-    return torch.stack(found).clamp(-_LARGEST, _LARGEST).half()
+    """States (E, N, T, d) of texts (N, T) as `States` has them; products in bfloat16 where its device has it."""
+    device = device_of(decoder)
+    with products(device=device):
+        found = _at_exits(decoder, ids.to(device), capacity)
+    return torch.stack(found).clamp(-_LARGEST, _LARGEST).half().cpu()
 
 
 def _at_exits(decoder: Any, ids: Tensor, capacity: int) -> list[Tensor]:
@@ -110,6 +111,6 @@ def _about(decoder: nn.Module, tokens: NDArray[np.int64], capacity: int) -> dict
     for name, tensor in decoder.state_dict().items():
         if not name.startswith("exits.") and (capacity >= 0 or ("router" not in name and name != "thresholds")):
             digest.update(name.encode())
-            digest.update(tensor.detach().contiguous().numpy().tobytes())
+            digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     exits: Sequence[int] = decoder.config.exits  # type: ignore[union-attr, assignment]
     return {"sha256": digest.hexdigest(), "shape": list(tokens.shape), "exits": list(exits), "capacity": capacity}

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from offramp.errors import DataError, OptionError
 from offramp.models.checkpoint import Checkpoint, load_checkpoint, save_checkpoint
+from offramp.models.devices import device_from_name, device_of, placed, precision_on, products
 from offramp.models.evaluate import answers_of, measure_of, quality_per_exit
-from offramp.models.plan import Plan, RunOptions, Stage, precision_of_cpu, products
+from offramp.models.plan import Plan, RunOptions, Stage
 from offramp.models.randomness import forked_random_state, random_state, seed_all, set_random_state
 from offramp.models.rows import Batch, Rows, TrainingRows, joined
 from offramp.models.schedule import layers_dropped, learning_rate_scale, set_annealed
@@ -88,10 +89,11 @@ def train_model(
     """
     check_rows(checkpoint, rows)
     align_weights(checkpoint.model)
-    run = Run(checkpoint, rows, plan, optimizer_from_model(checkpoint.model, plan), output, teacher)
-    if output.folder is not None:
-        save_checkpoint(output.folder, checkpoint, bytes_from_snapshot(snapshot_of(run, Position())))
-    return run_epochs(run, Position())
+    with placed(device_from_name(plan.run.device), checkpoint.model, teacher):
+        run = Run(checkpoint, rows, plan, optimizer_from_model(checkpoint.model, plan), output, teacher)
+        if output.folder is not None:
+            save_checkpoint(output.folder, checkpoint, bytes_from_snapshot(snapshot_of(run, Position())))
+        return run_epochs(run, Position())
 
 
 def resume_training(
@@ -109,10 +111,11 @@ def resume_training(
             f"resuming {folder}: got rows to train on, with and without labels: {rows.sizes()}, before: "
             f"{snapshot.sizes}; give the same data and seed"
         )
-    optimizer = optimizer_from_model(checkpoint.model, snapshot.plan)
-    restore(snapshot, checkpoint.model, optimizer, folder)
-    output = Output(folder, snapshot.extra, progress)
-    return run_epochs(Run(checkpoint, rows, snapshot.plan, optimizer, output, teacher), snapshot.position)
+    with placed(device_from_name(snapshot.plan.run.device), checkpoint.model, teacher):
+        optimizer = optimizer_from_model(checkpoint.model, snapshot.plan)
+        restore(snapshot, checkpoint.model, optimizer, folder)
+        output = Output(folder, snapshot.extra, progress)
+        return run_epochs(Run(checkpoint, rows, snapshot.plan, optimizer, output, teacher), snapshot.position)
 
 
 @dataclass(frozen=True)
@@ -157,7 +160,8 @@ def run_epochs(run: Run, position: Position) -> TrainReport:
                 state = None if finished else bytes_from_snapshot(snapshot_of(run, position))
                 save_checkpoint(run.output.folder, run.checkpoint, state)
     run.model.eval()
-    return TrainReport(position.epochs, precision_of_cpu(run.plan.run.precision), measure_of(run.rows.validation))
+    precision = precision_on(device_of(run.model), run.plan.run.precision)
+    return TrainReport(position.epochs, precision, measure_of(run.rows.validation))
 
 
 def train_epoch(run: Run, position: Position, bar: Progress) -> EpochReport:
@@ -208,9 +212,10 @@ def take_step(run: Run, place: EpochPlace, step: int, batch: Batch) -> float:
     done = place.stage_step(step)
     set_learning_rates(run.optimizer, stage, done, stage.epochs * place.num_steps)
     set_annealed(run.model, stage.anneal, done / place.num_steps)
-    with products(options.precision):
+    device = device_of(run.model)
+    with products(options.precision, device):
         answers = answers_of(run.model, batch, run.teacher if stage.loss.teacher_weight > 0 else None)
-    loss = step_loss(stage.chosen, stage.loss, answers, torch.from_numpy(batch.targets), done)
+    loss = step_loss(stage.chosen, stage.loss, answers, torch.from_numpy(batch.targets).to(device), done)
     run.optimizer.zero_grad()
     loss.backward()  # type: ignore[no-untyped-call]
     run.optimizer.step()

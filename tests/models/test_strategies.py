@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional
 
 from offramp.errors import OptionError
-from offramp.models import plan as plans
+from offramp.models.devices import CPU, precision_on
 from offramp.models.losses import Answers, calibration_loss, confidence_loss, joint_loss, teacher_loss
 from offramp.models.options import options_from_dict
 from offramp.models.plan import Plan, RunOptions, Stage
@@ -135,8 +135,8 @@ def test_a_plan_is_read_back() -> None:
 )
 def test_auto_precision(monkeypatch: pytest.MonkeyPatch, capabilities: dict[str, bool], expected: str) -> None:
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: capabilities)
-    assert plans.precision_of_cpu("auto") == expected
-    assert plans.precision_of_cpu("float32") == "float32"
+    assert precision_on(CPU, "auto") == expected
+    assert precision_on(CPU, "float32") == "float32"
 
 
 @pytest.mark.parametrize(
