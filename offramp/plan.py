@@ -17,6 +17,7 @@ _TAGS = {0x74727466: "tensorrt", 0x74727476: "tensorrt-rtx"}
 _HEADER_BYTES = 28
 _TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 _REBUILD = "run `offramp build-engine BUNDLE`"
+_RTX_GPUS = ("7.5", "8.0", "8.6", "8.9", "12.0+")  # not Hopper: its 1.7.1 refuses plans on an H100 (docs/log.md)
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,8 @@ def plan_obstacle(plan: PlanRecord, version: str, sm: str) -> str:
         return f"plan needs {title}, which is not installed; run `pip install 'offramp[{plan.backend}]'`"
     if not sm:
         return f"plan needs an NVIDIA GPU (SM {', '.join(plan.targets)}) and its driver, this machine has none"
+    if problem := gpu_obstacle(plan.backend, sm):
+        return problem
     fits = _is_within(version, (plan.version,)) and _is_within(sm, plan.targets)
     if not fits:
         return (
@@ -77,6 +80,16 @@ def plan_obstacle(plan: PlanRecord, version: str, sm: str) -> str:
             f"this machine has {version} and SM {sm}; {_REBUILD}"
         )
     return ""
+
+
+def gpu_obstacle(backend: str, sm: str) -> str:
+    """Why no plan of `backend` runs on a GPU of compute capability `sm`, with what mends it, or ""."""
+    if backend != "tensorrt-rtx" or _is_within(sm, _RTX_GPUS):
+        return ""
+    return (
+        f"TensorRT-RTX does not run on GPUs of SM {sm}, only on {', '.join(_RTX_GPUS)}; run "
+        "`pip install 'offramp[tensorrt]'` and `offramp build-engine BUNDLE --backend tensorrt`"
+    )
 
 
 def _is_within(value: str, allowed: tuple[str, ...]) -> bool:

@@ -19,6 +19,7 @@ SCRIPTS = {
     "certified": ["--quick"],
     "chain_vs_uncut": ["--quick"],
     "coverage": ["--quick"],
+    "cuda_overhead": ["--quick"],
     "cut_costs": ["--quick"],
     "eat": ["--quick"],
     "fixed_depth": ["--quick"],

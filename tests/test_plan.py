@@ -119,6 +119,12 @@ def test_plans_that_run_here(changes: dict, version: str, sm: str):
         ({}, "11.4.0.107", "8.6", "by TensorRT 11.4.0.106 for"),
         ({"version": "11.4.0.106+"}, "11.3.0.200", "8.6", "this machine has 11.3.0.200"),
         ({"targets": ("8.0", "12.0+")}, "11.4.0.106", "8.6", "for SM 8.0, 12.0+"),
+        (
+            {"backend": "tensorrt-rtx", "version": "1.7.1.116", "targets": ("8.0", "12.0+")},
+            "1.7.1.116",
+            "9.0",
+            "TensorRT-RTX does not run on GPUs of SM 9.0, only on 7.5, 8.0, 8.6, 8.9, 12.0+; run `pip",
+        ),
         ({"backend": "hal"}, "11.4.0.106", "8.6", "'hal', which this offramp does not know"),
     ],
 )

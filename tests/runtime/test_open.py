@@ -312,7 +312,13 @@ def bundle_with_plan(path: Path, version: str) -> Path:
 PLANS = {  # built by, installed, GPU -> what is said
     "another version": ("1.6.0.1", "1.7.1.116", "8.6", "built by .* 1.6.0.1 .* 1.7.1.116"),
     "another version, no GPU": ("1.6.0.1", "1.7.1.116", "", "1.6.0.1, this machine has 1.7.1.116 and no GPU"),
-    "another GPU": ("1.7.1.116", "1.7.1.116", "9.0", "for SM 8.6, this machine has 1.7.1.116 and SM 9.0"),
+    "another GPU": ("1.7.1.116", "1.7.1.116", "8.9", "for SM 8.6, this machine has 1.7.1.116 and SM 8.9"),
+    "a GPU it never runs on": (
+        "1.7.1.116",
+        "1.7.1.116",
+        "9.0",
+        r"does not run on GPUs of SM 9.0, .*offramp\[tensorrt\]",
+    ),
     "a segment without": ("1.7.1.116", "1.7.1.116", "8.6", "1: there is no fp16 plan for TensorRT-RTX; run"),
     "fits, no GPU": ("1.7.1.116", "1.7.1.116", "", ""),
     "not installed": ("1.7.1.116", "", "8.6", ""),

@@ -16,7 +16,7 @@ from offramp.errors import BackendError
 from offramp.export.build_engine import BuildOptions, build_engines
 from offramp.export.tensorrt_builder import BuilderOptions
 from offramp.gpu import compute_capability
-from offramp.plan import choose_plans
+from offramp.plan import choose_plans, gpu_obstacle
 from offramp.policy import Policy
 from offramp.runtime import Runner, TensorRtOptions
 from offramp.runtime.backends import installed_version
@@ -71,6 +71,8 @@ def gpu_bundle(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
         pytest.skip(f"no NVIDIA GPU: not shown that {backend} runs plans")
     if not installed_version(backend):
         pytest.skip(f"package missing: not shown that {backend} runs plans")
+    if obstacle := gpu_obstacle(backend, compute_capability()):
+        pytest.skip(f"not shown that {backend} runs plans: {obstacle}")
     path = tmp_path_factory.mktemp(backend) / "bundle"
     tiny.make_bundle(path, POLICY)
     build(path, backend)
