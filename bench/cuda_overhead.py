@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -28,7 +29,7 @@ from offramp.gpu import compute_capability
 from offramp.policy import Policy
 from offramp.runtime import Runner, TensorRtOptions, fake_runner
 from offramp.runtime.fake import fake_manifest
-from offramp.runtime.tensorrt.device import PlanTensor, Shape, Stream
+from offramp.runtime.tensorrt.device import ALIGNMENT, PlanTensor, Shape, Stream
 from offramp.runtime.tensorrt.engine import TensorRtChain
 from offramp.runtime.tensorrt.lane import PlannedSegment, RowRange
 from offramp.runtime.timing import interleaved_ms
@@ -63,7 +64,7 @@ class EmptyContext:
     """See Context."""
 
     def __init__(self, plan: EmptyPlan) -> None:
-        self._plan, self._scores = plan, 0
+        self._plan, self._answers = plan, 0
         self._shapes: dict[str, Shape] = {}
 
     def set_shape(self, name: str, shape: Shape) -> None:
@@ -72,8 +73,8 @@ class EmptyContext:
 
     def set_address(self, name: str, address: int) -> None:
         """See Context.set_address."""
-        if name == "scores":
-            self._scores = address
+        if name == "scores":  # the first of the answers, which lie one behind the other
+            self._answers = address
 
     def shape(self, name: str) -> Shape:
         """See Context.shape."""
@@ -85,8 +86,13 @@ class EmptyContext:
 
     def enqueue(self, stream: Stream) -> None:
         """See Context.enqueue."""
-        rows = self._shapes["rows" if self._plan.index else "input_ids"][0]
-        self._plan.device.fill(_Place(self._scores, rows * len(SCORES) * 4), 0, stream)
+        self._plan.device.fill(_Place(self._answers, _ANSWER_BYTES), 0, stream)
+
+
+# Scores, prediction and logits of all rows, each beginning at a multiple of ALIGNMENT.
+_ANSWER_BYTES = sum(
+    math.ceil(ROWS_AT_MOST * num_bytes / ALIGNMENT) * ALIGNMENT for num_bytes in (len(SCORES) * 4, 8, CLASSES * 4)
+)
 
 
 class _Place:
