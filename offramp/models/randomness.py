@@ -25,7 +25,7 @@ def random_state() -> dict[str, Any]:
 def set_random_state(state: dict[str, Any]) -> None:
     """Put all generators into the state that `random_state` returned."""
     torch.set_rng_state(state["torch"])
-    for number, generator in enumerate(state["cuda"][: torch.cuda.device_count()]):
+    for number, generator in enumerate(state.get("cuda", [])[: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(generator, number)
     kind, keys, *rest = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))  # noqa: NPY002
