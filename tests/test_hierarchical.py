@@ -115,6 +115,16 @@ def test_exits_learn_what_the_final_exit_says(recipe: Path, tmp_path: Path) -> N
     assert losses[1] > losses[0]
 
 
+@pytest.mark.parametrize(
+    ("option", "value"), [("--batch-size", 4), ("--epochs", 2), ("--teacher", "x"), ("--set", "run.from_teacher=true")]
+)
+def test_what_its_phases_do_not_read_is_refused(recipe: Path, tmp_path: Path, option: str, value: object) -> None:
+    code, output = run("train", recipe, "-o", tmp_path / "out", option, value)
+    assert code != 0
+    assert "means nothing here; its phases have their own values" in output
+    assert not (tmp_path / "out").exists()
+
+
 def test_what_is_there_is_not_lost(recipe: Path, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     code, output = run("train", recipe, "-o", tmp_path)

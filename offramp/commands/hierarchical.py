@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from offramp.commands.decoders import CONFIG, TRAINED_FORMAT, as_list, is_trained, model_name
-from offramp.commands.recipes import Recipe
+from offramp.commands.recipes import Recipe, differences
 from offramp.errors import DataError, OptionError, StorageError
 from offramp.models.decoder import DecoderConfig, EarlyExitDecoder
 from offramp.models.devices import device_from_name, placed
@@ -39,6 +39,7 @@ from offramp.models.phases import (
     train_gates,
     train_routers,
 )
+from offramp.models.plan import RunOptions, Stage
 from offramp.models.snapshot import EpochReport
 from offramp.models.states import States, kept_array, record_states
 from offramp.models.train import TrainReport
@@ -101,6 +102,7 @@ def train_hierarchical(output: Path, recipe: Recipe, texts: Sequence[str], resum
     Raises OptionError, DataError, ModelError or StorageError.
     """
     options = options_of(recipe)
+    check_values(recipe)
     check_replaceable(output)
     trained = load_trained(output) if resume and is_trained(output) else begun(options, recipe, texts)
     windows = tokens_of(trained, texts, recipe)
@@ -127,6 +129,17 @@ def options_of(recipe: Recipe) -> HierarchicalOptions:
     """A recipe's [model]. Raises OptionError."""
     values = {name: value for name, value in recipe.model.items() if name != "kind"}
     return options_from_dict(HierarchicalOptions, values, "[model]")
+
+
+def check_values(recipe: Recipe) -> None:
+    """Raise OptionError for values of a recipe that these phases do not read, rather than ignore them."""
+    read = RunOptions(seed=recipe.run.seed, device=recipe.run.device)
+    strange = differences(recipe, replace(recipe, run=read, stages=(Stage(),), teacher=""))
+    if strange:
+        raise OptionError(
+            f"training a {KIND}: {strange[0].partition(' = ')[0]} means nothing here; its phases have their own values: "
+            "model.routers, model.early and model.gates, such as --set model.early.learn.steps=600"
+        )
 
 
 def _has(options: HierarchicalOptions, phase: str) -> bool:

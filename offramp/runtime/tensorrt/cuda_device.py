@@ -1,7 +1,7 @@
 """The real device: CUDA through cuda-bindings. The only module that imports it.
 
-It translates and checks: CUDA returns its errors, here they are raised. Not yet run on a GPU: checked by mypy against
-stubs made from the installed package (typings/make_stubs.py), and run on a simulated CUDA in the tests.
+It translates and checks: CUDA returns its errors, here they are raised. Checked by mypy against stubs made from the
+installed package (typings/make_stubs.py), run on a simulated CUDA in the tests, and on a real one by `make test-gpu`.
 """
 
 from __future__ import annotations

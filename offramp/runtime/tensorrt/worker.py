@@ -27,7 +27,7 @@ from offramp.runtime.tensorrt.device import Device, Graph, Shape
 from offramp.runtime.tensorrt.lane import Key, Lane, PlannedSegment
 
 # A replay runs the same kernels on the same inputs; where one of them adds in another order each time (atomics), FP16
-# sums differ in the last bits. Not measured: offramp has not run on a GPU yet.
+# sums differ in the last bits. Not measured: no plan has run on a GPU yet.
 REPLAY_TOLERANCE = 1e-3
 
 
