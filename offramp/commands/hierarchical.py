@@ -136,9 +136,10 @@ def check_values(recipe: Recipe) -> None:
     read = RunOptions(seed=recipe.run.seed, device=recipe.run.device)
     strange = differences(recipe, replace(recipe, run=read, stages=(Stage(),), teacher=""))
     if strange:
+        name = strange[0].partition(" = ")[0]
         raise OptionError(
-            f"training a {KIND}: {strange[0].partition(' = ')[0]} means nothing here; its phases have their own values: "
-            "model.routers, model.early and model.gates, such as --set model.early.learn.steps=600"
+            f"training a {KIND}: {name} means nothing here; its phases have values of their own, in model.routers, "
+            "model.early and model.gates, such as --set model.early.learn.steps=600"
         )
 
 
