@@ -25,7 +25,7 @@ from offramp.commands.decoders import CONFIG, TRAINED_FORMAT, as_list, is_traine
 from offramp.commands.recipes import Recipe, differences
 from offramp.errors import DataError, OptionError, StorageError
 from offramp.models.decoder import DecoderConfig, EarlyExitDecoder
-from offramp.models.devices import device_from_name, placed
+from offramp.models.devices import device_from_name, placed, precision_on
 from offramp.models.frozen import Additions, decoder_with
 from offramp.models.llama import decoder_from_llama, default_decoder_path, load_llama
 from offramp.models.options import options_from_dict
@@ -104,9 +104,9 @@ def train_hierarchical(output: Path, recipe: Recipe, texts: Sequence[str], resum
     options = options_of(recipe)
     check_values(recipe)
     check_replaceable(output)
+    device = device_from_name(recipe.run.device)
     trained = load_trained(output) if resume and is_trained(output) else begun(options, recipe, texts)
     windows = tokens_of(trained, texts, recipe)
-    device = device_from_name(recipe.run.device)
     reports: list[EpochReport] = []
     for phase in PHASES:
         if phase in trained.phases or not _has(options, phase):
@@ -122,7 +122,7 @@ def train_hierarchical(output: Path, recipe: Recipe, texts: Sequence[str], resum
         save_trained(output, trained, recipe)
     if not reports:
         raise DataError(f"training {output}: its phases are done; `offramp export {output} -o BUNDLE` comes next")
-    return TrainReport(tuple(reports), "float32", "agreement with the final exit")
+    return TrainReport(tuple(reports), precision_on(device, "auto"), "agreement with the final exit")
 
 
 def options_of(recipe: Recipe) -> HierarchicalOptions:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -110,6 +112,35 @@ def random_request(rng: np.random.Generator, num_rows: int) -> tiny.Inputs:
     """Token lists of random lengths and contents."""
     lengths = rng.integers(1, tiny.MAX_LENGTH + 1, num_rows)
     return tiny.request([rng.integers(0, tiny.NUM_TOKENS, length).tolist() for length in lengths])
+
+
+Compare = Callable[[Any, Any], None]  # two Results; raises AssertionError
+
+
+def compare_all_sizes(runner: Runner, plain: Runner, policies: Sequence[Policy], compare: Compare) -> None:
+    """Both answer alike under every policy, for all sizes of requests that fit at once and one that does not."""
+    rng = np.random.default_rng(0)
+    for policy in policies:
+        runner.policy = plain.policy = policy
+        for num_rows in (*range(1, tiny.MAX_ROWS + 1), 3 * tiny.MAX_ROWS):
+            inputs = random_request(rng, num_rows)
+            for _ in range(4):  # plainly, proving a graph, and by its replay
+                compare(runner.run(inputs), plain.run(inputs))
+
+
+def compare_in_threads(runner: Runner, plain: Runner, requests: int, compare: Compare, threads: int = 4) -> None:
+    """Both answer alike to random requests of several threads, all of them alive at once."""
+    barrier = threading.Barrier(threads)
+
+    def work(seed: int) -> None:
+        barrier.wait(timeout=60)
+        rng = np.random.default_rng(seed)
+        for _ in range(requests):
+            inputs = random_request(rng, int(rng.integers(1, 20)))
+            compare(runner.run(inputs), plain.run(inputs))
+
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(work, range(threads)))  # raises what any of them raised
 
 
 def log_of(devices: Sequence[FakeDevice]) -> list[str]:

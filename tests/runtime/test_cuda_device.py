@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import pytest
 import tiny
-from faked import random_request
+from faked import compare_all_sizes, compare_in_threads
 
 from offramp.errors import BackendError
 from offramp.gpu import compute_capability
@@ -112,64 +111,32 @@ def host_runner(bundle: Path, options: TensorRtOptions) -> Runner:
     return host_runner(bundle, options, POLICY)
 
 
-def is_same(got: object, expected: object) -> bool:
-    """Two Results agree in every number."""
-    names = ("exit_index", "prediction", "score")
-    pairs = [(getattr(got, name), getattr(expected, name)) for name in names]
-    pairs.append((got.outputs["logits"], expected.outputs["logits"]))  # type: ignore[attr-defined]
-    return all(np.array_equal(one, other) for one, other in pairs)
-
-
 @pytest.mark.parametrize("speculate", [False, True])
 @pytest.mark.parametrize("graphs", [False, True])
 def test_segments_in_streams_answer_as_on_the_host(bundle: Path, graphs: bool, speculate: bool) -> None:
-    options = TensorRtOptions(graphs, speculate)
     with (
         warnings.catch_warnings(),
-        host_runner(bundle, options) as runner,
+        host_runner(bundle, TensorRtOptions(graphs, speculate)) as runner,
         Runner.open(bundle, "onnxruntime") as plain,
     ):
         warnings.simplefilter("error", GraphWarning)  # graphs must work, not be given up
-        rng = np.random.default_rng(0)
-        for policy in (Policy.full_depth(), POLICY):
-            runner.policy = plain.policy = policy
-            for num_rows in (*range(1, tiny.MAX_ROWS + 1), 3 * tiny.MAX_ROWS):
-                inputs = random_request(rng, num_rows)
-                for _ in range(4):  # plainly, proving a graph, and by its replay
-                    assert is_same(runner.run(inputs), plain.run(inputs))
+        compare_all_sizes(runner, plain, (Policy.full_depth(), POLICY), tiny.assert_same)
 
 
 @pytest.mark.parametrize("speculate", [False, True])
 def test_four_threads_have_workers_of_their_own(bundle: Path, speculate: bool) -> None:
-    failures: list[BaseException] = []
     options = TensorRtOptions(speculate=speculate)
     with host_runner(bundle, options) as runner, Runner.open(bundle, "onnxruntime") as plain:
-
-        def work(seed: int) -> None:
-            try:
-                rng = np.random.default_rng(seed)
-                for _ in range(100):
-                    inputs = random_request(rng, int(rng.integers(1, 20)))
-                    assert is_same(runner.run(inputs), plain.run(inputs))
-            except BaseException as exc:
-                failures.append(exc)
-
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert failures == []
+        compare_in_threads(runner, plain, 100, tiny.assert_same)
 
 
 def test_without_waiting_answers_are_wrong(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from offramp.runtime.tensorrt.cuda_device import CudaDevice
 
     monkeypatch.setattr(CudaDevice, "wait", lambda self, event: None)
-    rng = np.random.default_rng(0)
     with (
         host_runner(bundle, TensorRtOptions(graphs=False)) as runner,
         Runner.open(bundle, "onnxruntime") as plain,
+        pytest.raises(AssertionError),
     ):
-        requests = [random_request(rng, 4) for _ in range(20)]
-        assert not all(is_same(runner.run(inputs), plain.run(inputs)) for inputs in requests)
+        compare_all_sizes(runner, plain, (POLICY,), tiny.assert_same)

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import itertools
-import threading
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
-from faked import Faked, log_of, random_request
+from faked import Faked, compare_in_threads, log_of, random_request
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from policies import random_policies
@@ -205,27 +204,9 @@ def test_closing_gives_everything_back_once(bundle: Path) -> None:
 def test_every_thread_has_a_worker_and_an_ended_one_hands_it_on(bundle: Path) -> None:
     faked = Faked(bundle, TensorRtOptions(speculate=True))
     policy = Policy.thresholds("max_prob", [0.6, 0.8])
-    failures: list[BaseException] = []
-    barrier = threading.Barrier(4)
     with faked.runner(policy) as runner, Runner.open(bundle, "onnxruntime", policy, threads=1) as plain:
-
-        def work(seed: int) -> None:
-            try:
-                barrier.wait(timeout=60)  # all four are alive at once
-                rng = np.random.default_rng(seed)
-                for _ in range(20):
-                    inputs = random_request(rng, int(rng.integers(1, 20)))
-                    tiny.assert_same(runner.run(inputs), plain.run(inputs))
-            except BaseException as exc:
-                failures.append(exc)
-
         for _ in range(2):  # the second four take over the workers of the first
-            threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-    assert failures == []
+            compare_in_threads(runner, plain, 20, tiny.assert_same)
     assert len(faked.devices) == 1 + 4  # the thread that opened has one too
     assert "capture" in log_of(faked.devices[1:])
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import tiny
-from faked import Faked, random_request
+from faked import Faked, compare_all_sizes, compare_in_threads
 
 from offramp.bundle import load_manifest
 from offramp.errors import BackendError
@@ -102,38 +101,16 @@ def test_plans_answer_as_onnxruntime(
         Runner.open(bundle, "onnxruntime") as plain,
     ):
         warnings.simplefilter("error", GraphWarning)  # graphs must work, not be given up
-        rng = np.random.default_rng(0)
-        for policy in (Policy.full_depth(), POLICY):
-            runner.policy = plain.policy = policy
-            for num_rows in (*range(1, tiny.MAX_ROWS + 1), 3 * tiny.MAX_ROWS):
-                inputs = random_request(rng, num_rows)
-                for _ in range(4):  # plainly, proving a graph, and by its replay
-                    assert_close(runner.run(inputs), plain.run(inputs))
+        compare_all_sizes(runner, plain, (Policy.full_depth(), POLICY), assert_close)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("speculate", [False, True])
 def test_four_threads_share_the_plans(gpu_bundle: tuple[Path, str], speculate: bool) -> None:
     bundle, backend = gpu_bundle
-    failures: list[BaseException] = []
     options = TensorRtOptions(speculate=speculate)
     with Runner.open(bundle, backend, tensorrt=options) as runner, Runner.open(bundle, "onnxruntime") as plain:
-
-        def work(seed: int) -> None:
-            try:
-                rng = np.random.default_rng(seed)
-                for _ in range(200):
-                    inputs = random_request(rng, int(rng.integers(1, 20)))
-                    assert_close(runner.run(inputs), plain.run(inputs))
-            except BaseException as exc:
-                failures.append(exc)
-
-        threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-    assert failures == []
+        compare_in_threads(runner, plain, 200, assert_close)
 
 
 @pytest.mark.gpu
