@@ -105,7 +105,7 @@ def measure(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
     closed = Policy.full_depth()
     with Scorer.open(folder / "gated", closed, threads=options.threads, max_batch=BATCH, chunk=CHUNK) as scorer:
         texts = review_tokens(scorer.encode, options.texts)
-        gates = np.concatenate([said.learned[:, 1] for said in scorer.said(texts[:2].tolist())])
+        gates = np.concatenate([said.learned[:, 1] for said in scorer.said(texts.tolist())])
         half = Policy.thresholds("learned", [None, float(np.median(gates))])
 
         def score(policy: Policy) -> list[Scored]:

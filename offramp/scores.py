@@ -57,15 +57,18 @@ def log_probabilities(
 
     With `max_prob` (N,), each row's largest probability, no softmax is taken again.
     """
+    known: NDArray[np.float32] = logits[np.arange(len(target)), target]
     if max_prob is not None:
-        largest = np.maximum.reduce(logits, axis=1)
-        known: NDArray[np.float32] = (logits[np.arange(len(target)), target] - largest) * inverse_temperature
-        return known + np.log(max_prob)
-    found = np.empty(len(logits), np.float32)
+        return (known - np.maximum.reduce(logits, axis=1)) * inverse_temperature + np.log(max_prob)
+    total = np.empty(len(logits), np.float32)
     for some in _blocks(logits):
-        shifted, _, total = _powers(logits[some], inverse_temperature)
-        found[some] = shifted[np.arange(len(shifted)), target[some]] - np.log(total)
-    return found
+        largest = np.maximum.reduce(logits[some], axis=1, keepdims=True)
+        known[some] -= largest[:, 0]
+        powers = logits[some] - largest
+        if inverse_temperature != 1:
+            powers *= inverse_temperature
+        np.add.reduce(np.exp(powers, out=powers), axis=1, out=total[some])
+    return known * inverse_temperature - np.log(total)
 
 
 def _blocks(logits: NDArray[np.float32]) -> Iterator[slice]:

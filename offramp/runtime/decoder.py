@@ -71,6 +71,7 @@ class Decoder:
         self._chunked = [spec.input_ids, *(part.carry_in[0].name for part in manifest.segments[1:])]  # (rows, chunk, …)
         self._bound: list[_Bound | None] = [None] * len(segments)
         self._bound_heads: dict[str, _Bound] = {}
+        self._logits: dict[str, NDArray[np.float32]] = {}  # by head: memory for the most positions asked so far
         self._caches = [KeyValueCache(part.states, slots, spec.max_positions) for part in manifest.segments]
         width = [int(part.carry_out[0].shape[2]) for part in manifest.segments[:-1]]
         self._waiting = [HiddenStore(size, slots, spec.max_positions) for size in width]
@@ -90,6 +91,11 @@ class Decoder:
         for cache in self._caches:
             cache.lengths[slot] = min(cache.lengths[slot], length)
 
+    def restart(self) -> None:
+        """Forget all positions of all slots, and the memory that they took."""
+        for cache in self._caches:
+            cache.restart()
+
     def set_capacity(self, capacity: float) -> None:
         """From now on let this share of FFNs run, 1 for all. Raises OptionError."""
         thresholds = router_thresholds(self.spec, capacity)
@@ -104,8 +110,11 @@ class Decoder:
         for cache in self._caches:
             cache.move(source, target)
 
-    def read(self, low: int, tokens: Sequence[Sequence[int]]) -> Chunk:
-        """Bring new tokens, at least one per slot from `low` on and at most `max_chunk`, through the first segment."""
+    def read(self, low: int, tokens: Sequence[Sequence[int]], *, is_last: bool = False) -> Chunk:
+        """Bring new tokens, at least one per slot from `low` on and at most `max_chunk`, through the first segment.
+
+        With `is_last` nothing comes after them in this segment, so it remembers nothing of them.
+        """
         counts = [len(new) for new in tokens]
         ids = np.zeros((len(tokens), max(counts)), np.int64)
         for row, new in enumerate(tokens):
@@ -113,13 +122,21 @@ class Decoder:
         longest = max(int(self.filled(0)[low + row]) + count for row, count in enumerate(counts))
         if longest > self.spec.max_positions:
             raise InputError(f"a text of {longest} tokens is longer than the {self.spec.max_positions} of this bundle")
-        return self._run(0, low, {self.spec.input_ids: ids}, counts)
+        return self._run(0, low, {self.spec.input_ids: ids}, counts, is_last)
 
-    def advance(self, index: int, low: int, counts: list[int], active: Sequence[Sequence[int]] | None = None) -> Chunk:
+    def advance(
+        self,
+        index: int,
+        low: int,
+        counts: list[int],
+        active: Sequence[Sequence[int]] | None = None,
+        *,
+        is_last: bool = False,
+    ) -> Chunk:
         """Bring the next `counts[r]` positions of slot low + r through segment `index` >= 1, as one chunk.
 
         `active` has per row the positions in the chunk that really go on, all of them when None; the others stay as
-        they are, and this segment's layers make their keys and values from that.
+        they are, and this segment's layers make their keys and values from that. `is_last` as in `read`.
         """
         chunk = max(counts)
         feed: Feed = {}
@@ -132,7 +149,7 @@ class Decoder:
             feed[self.spec.active[index - 1]] = places
         starts = self.filled(index)[low : low + len(counts)].tolist()
         feed[self._chunked[index]] = self._waiting[index - 1].read(low, starts, counts, chunk)
-        return self._run(index, low, feed, counts)
+        return self._run(index, low, feed, counts, is_last)
 
     def logits(self, exit_index: int, hidden: NDArray[np.float32]) -> NDArray[np.float32]:
         """The logits (P, V) that the head of an exit gives to states (P, d). The next call writes over them."""
@@ -165,8 +182,9 @@ class Decoder:
         self._heads.clear()
         self._bound.clear()
         self._bound_heads.clear()
+        self._logits.clear()
 
-    def _run(self, index: int, low: int, feed: Feed, counts: list[int]) -> Chunk:
+    def _run(self, index: int, low: int, feed: Feed, counts: list[int], is_last: bool) -> Chunk:
         if index >= len(self._segments):
             raise BackendError("running a decoder: it was closed; open the bundle again")
         cache, high = self._caches[index], low + len(counts)
@@ -183,7 +201,8 @@ class Decoder:
         out = bound.outputs
         if index < len(self._waiting):
             self._waiting[index].write(low, starts.tolist(), out[self._carried[index]], counts)
-        cache.append(low, bound.made, counts)
+        if not is_last:
+            cache.append(low, bound.made, counts)
         return Chunk(out[HIDDEN], out.get(LEARNED), counts)
 
     def _bind(self, index: int, low: int, rows: int, feed: Feed, key: object) -> _Bound:
@@ -211,8 +230,12 @@ class Decoder:
     def _bind_head(self, spec: ExitSpec, shape: tuple[int, ...]) -> _Bound:
         """A call of the head of an exit on states of this shape (P, d)."""
         self._bound_heads.pop(spec.head, None)
+        size = shape[0] * spec.num_classes
+        if spec.head not in self._logits or self._logits[spec.head].size < size:
+            self._logits.pop(spec.head, None)
+            self._logits[spec.head] = np.empty(size, np.float32)  # fresh memory costs as much as a sixth of the product
         inputs: Feed = {HIDDEN: np.empty(shape, np.float32)}
-        outputs: Feed = {_LOGITS: np.empty((shape[0], spec.num_classes), np.float32)}
+        outputs: Feed = {_LOGITS: self._logits[spec.head][:size].reshape(shape[0], -1)}
         return _Bound(shape[0], self._heads[spec.head].bound(inputs, outputs), inputs, outputs, [])
 
 

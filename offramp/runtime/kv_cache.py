@@ -19,9 +19,12 @@ _GROWTH = 4  # at least a quarter more at a time, so that all copies together ar
 
 
 def grown(capacity: int, needed: int, most: int) -> int:
-    """A capacity of at least `needed` positions, in steps, and at most `most` unless more is needed."""
-    if needed <= capacity:
-        return capacity
+    """A capacity of at least `needed` positions, in steps, and at most `most` unless more is needed.
+
+    The first position alone is no step: who has no past yet is given one masked position to attend to, not 64.
+    """
+    if needed <= capacity or needed == 1:
+        return max(needed, capacity)
     wanted = max(needed, capacity + capacity // _GROWTH)
     return max(needed, min(-(-wanted // _STEP) * _STEP, most))
 
@@ -48,7 +51,8 @@ class _Slab:
     def resize(self, slots: int, positions: int) -> None:
         before = self.array
         self.array = np.zeros(self._shape(slots, positions), before.dtype)
-        self.array[self.span(slice(before.shape[1]), slice(before.shape[self.axis]))] = before
+        kept = self.span(slice(min(slots, before.shape[1])), slice(min(positions, before.shape[self.axis])))
+        self.array[kept] = before[kept]
 
     def room(self, rows: int, chunk: int) -> NDArray[Any]:
         """An array for what a call makes: (states, rows, …), `chunk` positions."""
@@ -71,6 +75,14 @@ class KeyValueCache:
         self._have = self._capacity = 0  # slots and positions that are allocated
         self.version = 0
         self.lengths = np.zeros(slots, np.int64)
+
+    def restart(self) -> None:
+        """Forget everything, memory included: a long past of others would be attended to, masked, from now on."""
+        self._have = self._capacity = 0
+        self.version += 1
+        self.lengths[:] = 0
+        for slab in self._slabs:
+            slab.resize(0, 0)
 
     def past(self, low: int, high: int) -> dict[str, NDArray[Any]]:
         """The past of slots `low` to `high`, as the segment is given it: views (slots, …), capacity positions."""

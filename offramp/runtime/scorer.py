@@ -7,7 +7,9 @@ the past of which is kept as in generation.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +26,7 @@ from offramp.runtime.engine import SegmentOutput
 from offramp.runtime.text import Detokenizer, checked_tokens
 from offramp.scores import log_probabilities
 
-_HEAD_ROWS = 256  # positions that a head answers at once: their logits over a vocabulary of 49,152 take 50 MB
+_HEAD_ROWS = 128  # positions that a head answers at once: their logits over a vocabulary of 49,152 take 25 MB
 _USUAL_CHUNK = 128
 _MAX_PROB = SCORES.index("max_prob")
 
@@ -75,12 +77,19 @@ class _Part(NamedTuple):
     chunk: Chunk
     positions: _Positions
 
+    @property
+    def is_last(self) -> bool:
+        """Whether no text goes on after it."""
+        return not any(self.goes_on)
+
 
 class Scorer:
     """A decoder's bundle, ready to score; one call at a time."""
 
-    def __init__(self, decoder: Decoder, policy: Policy, tokenizer: bytes = b"", chunk: int = _USUAL_CHUNK) -> None:
-        """Raises OptionError when the policy is for another model."""
+    def __init__(
+        self, decoder: Decoder, policy: Policy, tokenizer: bytes = b"", chunk: int = _USUAL_CHUNK, threads: int = 0
+    ) -> None:
+        """`threads` for the logarithms of probabilities (0: one per core). Raises OptionError when the policy is for another model."""
         policy.check_model(decoder.manifest)
         if chunk < 1:
             raise OptionError(f"scoring: got a chunk of {chunk} positions, expected 1 or more")
@@ -89,6 +98,8 @@ class Scorer:
         self._text = Detokenizer(tokenizer, decoder.manifest.name)
         self._final = decoder.num_exits - 1
         self._inverse = policy.inverse_temperatures(decoder.num_exits)
+        self._threads = threads or os.cpu_count() or 1
+        self._workers = ThreadPoolExecutor(self._threads, "offramp-scoring")
 
     @classmethod
     def open(
@@ -109,7 +120,7 @@ class Scorer:
         manifest = load_manifest(path)
         chosen = Policy.from_json(read_policy(path, manifest)) if policy is None else policy
         tokenizer = read_file(path, manifest.text.tokenizer) if manifest.text else b""
-        return cls(open_decoder(path, manifest, precision, threads, max_batch), chosen, tokenizer, chunk)
+        return cls(open_decoder(path, manifest, precision, threads, max_batch), chosen, tokenizer, chunk, threads)
 
     def score(self, texts: Sequence[str] | Sequence[Sequence[int]]) -> list[Scored]:
         """Score every text, strings or token ids, in their order. Raises InputError, BackendError."""
@@ -143,7 +154,7 @@ class Scorer:
             chunk = part.chunk
             for index in range(exits):
                 if index:
-                    chunk = self.decoder.advance(index, 0, part.chunk.counts)
+                    chunk = self.decoder.advance(index, 0, part.chunk.counts, is_last=part.is_last)
                 self._note(found, part, index, chunk)
         return found
 
@@ -153,6 +164,7 @@ class Scorer:
 
     def close(self) -> None:
         """Let go of everything."""
+        self._workers.shutdown()
         self.decoder.close()
 
     def __enter__(self) -> Self:
@@ -168,8 +180,7 @@ class Scorer:
         order = sorted(range(len(texts)), key=lambda number: -len(texts[number]))
         for first in range(0, len(order), self.decoder.slots):
             numbers = order[first : first + self.decoder.slots]
-            for slot in range(len(numbers)):
-                self.decoder.clear(slot)
+            self.decoder.restart()
             start = 0
             while numbers := [number for number in numbers if len(texts[number]) - 1 > start]:
                 end = start + self._chunk
@@ -179,7 +190,8 @@ class Scorer:
                 place = np.concatenate([np.arange(count) for count in counts])
                 target = np.concatenate([texts[number][start + 1 : end + 1] for number in numbers])
                 goes_on = [len(texts[number]) - 1 > end for number in numbers]
-                yield _Part(numbers, start, goes_on, self.decoder.read(0, new), _Positions(row, place, target))
+                chunk = self.decoder.read(0, new, is_last=not any(goes_on))
+                yield _Part(numbers, start, goes_on, chunk, _Positions(row, place, target))
                 start = end
 
     def _answers(self, part: _Part) -> Iterator[tuple[int, _Positions, NDArray[np.float32]]]:
@@ -196,18 +208,18 @@ class Scorer:
                 yield index, live.kept(leaves), log_probs
             live = live.kept(~leaves)
             state = state.rows(~leaves) if state else None
-            if not len(live.row) and not any(part.goes_on):
+            if not len(live.row) and part.is_last:
                 return
 
     def _advance(self, index: int, part: _Part, live: _Positions) -> Chunk:
         """Bring the chunk through a segment, `live` positions really; texts that are over and answered stay behind."""
         if len(live.row) == len(part.positions.row):
-            return self.decoder.advance(index, 0, part.chunk.counts)
+            return self.decoder.advance(index, 0, part.chunk.counts, is_last=part.is_last)
         numbers = np.bincount(live.row, minlength=len(part.numbers))
         active = [places.tolist() for places in np.split(live.place, np.cumsum(numbers)[:-1])]
         needed = [bool(places) or more for places, more in zip(active, part.goes_on, strict=True)]
         counts = [count if is_needed else 0 for count, is_needed in zip(part.chunk.counts, needed, strict=True)]
-        return self.decoder.advance(index, 0, counts, active)
+        return self.decoder.advance(index, 0, counts, active, is_last=part.is_last)
 
     def _leavers(
         self,
@@ -237,9 +249,16 @@ class Scorer:
                 log_probs.append(found[leaves[some]])
                 states.append(after)
             else:
-                logits = self.decoder.logits(index, hidden[some])
-                log_probs.append(log_probabilities(logits, target[some], self._inverse[index]))
+                log_probs += self._log_probabilities(index, hidden[some], target[some])
         return leaves, np.concatenate(log_probs), joined(states) if states else state
+
+    def _log_probabilities(
+        self, index: int, hidden: NDArray[np.float32], target: NDArray[np.int64]
+    ) -> Iterator[NDArray[np.float32]]:
+        """Those of the targets of P positions, a part per thread: numpy alone would leave all cores but one idle."""
+        parts = np.array_split(self.decoder.logits(index, hidden), self._threads)
+        inverse = [self._inverse[index]] * len(parts)
+        return self._workers.map(log_probabilities, parts, np.array_split(target, self._threads), inverse)
 
     def _note(self, found: list[Said], part: _Part, index: int, chunk: Chunk) -> None:
         """Write down what an exit says about all positions of a chunk."""

@@ -13,6 +13,7 @@ from offramp.cli import main
 from offramp.commands.scoring import score_texts, windows
 from offramp.errors import DataError, InputError, OptionError
 from offramp.policy import Policy
+from offramp.runtime.kv_cache import KeyValueCache
 from offramp.runtime.scorer import Scored, Scorer, perplexity
 from tests import decoders
 
@@ -68,9 +69,9 @@ def test_positions_that_left_are_not_computed(decoder_bundle: Path, monkeypatch:
         brought: list[tuple[int, int]] = []
         logits, advance = scorer.decoder.logits, scorer.decoder.advance
 
-        def counted(index, low, counts, active=None):
+        def counted(index, low, counts, active=None, **how):
             brought.append((index, sum(counts if active is None else map(len, active))))
-            return advance(index, low, counts, active)
+            return advance(index, low, counts, active, **how)
 
         monkeypatch.setattr(
             scorer.decoder,
@@ -84,6 +85,27 @@ def test_positions_that_left_are_not_computed(decoder_bundle: Path, monkeypatch:
         assert sum(number for k, number in asked if k == index) == (exits == index).sum()
     for index in (1, 2):
         assert sum(number for k, number in brought if k == index) == (exits >= index).sum()
+
+
+def test_only_the_past_of_texts_that_go_on_is_there(decoder_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever a call is given as its past is attended to: a long text must leave nothing behind for a short one."""
+    given: list[int] = []
+    reserved = KeyValueCache.past
+
+    def spied(cache, low, high):
+        views = reserved(cache, low, high)
+        given.append(next(iter(views.values())).shape[2])
+        return views
+
+    monkeypatch.setattr(KeyValueCache, "past", spied)
+    with Scorer.open(decoder_bundle, Policy.full_depth(), threads=1, max_batch=3, chunk=24) as scorer:
+        scorer.score(TEXTS[1:2])  # 59 positions in chunks of 24
+        assert given == [1] * 3 + [64] * 6  # each new shape of a call takes its views anew
+        assert scorer.decoder.filled(0).tolist() == [48, 0, 0]  # what no chunk comes after is not kept
+        given.clear()
+        scorer.score(TEXTS[:1])
+        assert given == [1] * 3
+        assert not scorer.decoder.filled(0).any()
 
 
 def test_what_all_exits_say(decoder_bundle: Path) -> None:
