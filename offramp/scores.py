@@ -59,7 +59,8 @@ def log_probabilities(
     """
     known: NDArray[np.float32] = logits[np.arange(len(target)), target]
     if max_prob is not None:
-        return (known - np.maximum.reduce(logits, axis=1)) * inverse_temperature + np.log(max_prob)
+        known -= np.maximum.reduce(logits, axis=1)
+        return known * inverse_temperature + np.log(max_prob)
     total = np.empty(len(logits), np.float32)
     for some in _blocks(logits):
         largest = np.maximum.reduce(logits[some], axis=1, keepdims=True)

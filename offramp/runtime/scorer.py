@@ -89,7 +89,10 @@ class Scorer:
     def __init__(
         self, decoder: Decoder, policy: Policy, tokenizer: bytes = b"", chunk: int = _USUAL_CHUNK, threads: int = 0
     ) -> None:
-        """`threads` for the logarithms of probabilities (0: one per core). Raises OptionError when the policy is for another model."""
+        """`threads` take the logarithms of probabilities (0: one per core).
+
+        Raises OptionError when the policy is for another model.
+        """
         policy.check_model(decoder.manifest)
         if chunk < 1:
             raise OptionError(f"scoring: got a chunk of {chunk} positions, expected 1 or more")
