@@ -17,7 +17,7 @@ _TAGS = {0x74727466: "tensorrt", 0x74727476: "tensorrt-rtx"}
 _HEADER_BYTES = 28
 _TITLES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT-RTX"}
 _REBUILD = "run `offramp build-engine BUNDLE`"
-_RTX_GPUS = ("7.5", "8.0", "8.6", "8.9", "12.0+")  # not Hopper: its 1.7.1 refuses plans on an H100 (docs/log.md)
+RTX_GPUS = ("7.5", "8.0", "8.6", "8.9", "12.0+")  # not Hopper: its 1.7.1 refuses plans on an H100 (docs/log.md)
 
 
 @dataclass(frozen=True)
@@ -84,10 +84,10 @@ def plan_obstacle(plan: PlanRecord, version: str, sm: str) -> str:
 
 def gpu_obstacle(backend: str, sm: str) -> str:
     """Why no plan of `backend` runs on a GPU of compute capability `sm`, with what mends it, or ""."""
-    if backend != "tensorrt-rtx" or _is_within(sm, _RTX_GPUS):
+    if backend != "tensorrt-rtx" or _is_within(sm, RTX_GPUS):
         return ""
     return (
-        f"TensorRT-RTX does not run on GPUs of SM {sm}, only on {', '.join(_RTX_GPUS)}; run "
+        f"TensorRT-RTX does not run on GPUs of SM {sm}, only on {', '.join(RTX_GPUS)}; run "
         "`pip install 'offramp[tensorrt]'` and `offramp build-engine BUNDLE --backend tensorrt`"
     )
 

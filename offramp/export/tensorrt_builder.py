@@ -25,13 +25,12 @@ from offramp.errors import BackendError, BuildError, OptionError, StorageError
 from offramp.export.build_progress import OnProgress, progress_monitor
 from offramp.export.profile import Profile
 from offramp.gpu import compute_capability
-from offramp.plan import is_same_version, plan_header
+from offramp.plan import RTX_GPUS, is_same_version, plan_header
 from offramp.storage import storage_error, write_file
 
 BACKENDS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # backend -> module
 MAX_OPT_LEVEL = 5  # IBuilderConfig.builder_optimization_level
-# TensorRT-RTX, "CPU-only AOT": without --compute-capability an engine runs on these "and later".
-RTX_TARGETS = ("8.0", "8.6", "8.9", "12.0+")
+RTX_TARGETS = RTX_GPUS[1:]  # what TensorRT-RTX builds for where no compute capability is named: 7.5 must be
 _MAX_MESSAGES = 8
 # Layers by what they do: those that move or convert values say nothing about where the arithmetic happens.
 _MOVES = {"CONCATENATION", "GATHER", "SELECT", "SHUFFLE", "SLICE", "SQUEEZE", "UNSQUEEZE"}
