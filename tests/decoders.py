@@ -79,10 +79,15 @@ CAPACITIES = (0.9, 0.6, 0.3)
 
 
 @cache
+@torch.no_grad()
 def adaptive() -> EarlyExitDecoder:
-    """Routers with thresholds, exits with a layer of their own, gates, and 60 tokens that early exits know."""
+    """Routers with thresholds, shortcuts, exits with a layer of their own, gates, 60 tokens that early exits know."""
     tokens = tuple((11 * n + 4) % VOCABULARY for n in range(60))
     model = decoder_with(decoder_from_llama(llama()), Additions(EXITS, True, CAPACITIES, 1, tokens), seed=3)
+    generator = torch.Generator().manual_seed(9)
+    for layer in model.layers:
+        layer.shortcut.weight.normal_(std=0.1, generator=generator)
+        layer.shortcut.bias.normal_(std=0.3, generator=generator)
     model.thresholds.copy_(torch.tensor([[-0.4, -0.5, -0.3], [0.0, 0.1, -0.1], [0.5, 0.3, 0.4]]))
     return model
 
@@ -100,6 +105,8 @@ def routed_greedy(prompt: tuple[int, ...], num_tokens: int, thresholds: tuple[fl
             normed = layer.ffn_norm(hidden)
             if layer.router(normed).item() >= threshold:
                 hidden = hidden + layer.down(torch.nn.functional.silu(layer.gate(normed)) * layer.up(normed))
+            else:
+                hidden = hidden + normed @ layer.shortcut.weight.T + layer.shortcut.bias
         if place >= len(prompt) - 1:
             text.append(int(model.said(model.exits[-1], hidden).logits.argmax()))
     return text[len(prompt) :]

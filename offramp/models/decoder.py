@@ -18,7 +18,7 @@ from torch.nn import functional
 from offramp.errors import OptionError
 from offramp.models.adapters import DraftVocabulary
 from offramp.models.resolvent_block import Experts, ResolventLayer, Sites
-from offramp.models.routers import EVERYBODY, add_where
+from offramp.models.routers import EVERYBODY, feed_where
 
 # Added to the scores of positions that must not be seen: finite for FP16 (models/encoder.py says why).
 MASKED_SCORE = -1e4
@@ -41,8 +41,9 @@ class DecoderConfig:
     `exits` are numbers of layers in increasing order; layers above the last one are dropped. `gated`: every exit but
     the final one has a gate. `tied`: the heads are the embedding table; else each exit has its own. A ResNet-BK block
     has `num_experts` of which each position asks `top_k`, and no heads. With `capacities` a router per layer says whose
-    FFN runs; there are thresholds for these shares of all (routers.py). Exits before the final one may have
-    `own_layers`, which nobody else passes, and a `draft_vocabulary`, the tokens that they know (0: all; adapters.py).
+    FFN runs, and a shortcut stands in for it elsewhere; there are thresholds for these shares of all (routers.py).
+    Exits before the final one may have `own_layers`, which nobody else passes, and a `draft_vocabulary`, the tokens
+    that they know (0: all; adapters.py).
     Raises OptionError.
     """
 
@@ -169,6 +170,10 @@ class DecoderLayer(nn.Module):
         self.down = nn.Linear(config.ffn, width, bias=False)
         self.dropout = nn.Dropout(config.dropout)
         self.router = nn.Linear(width, 1) if config.capacities else None
+        self.shortcut = nn.Linear(width, width) if config.capacities else None
+        if self.shortcut is not None:  # nothing, until it is fitted
+            nn.init.zeros_(self.shortcut.weight)
+            nn.init.zeros_(self.shortcut.bias)
 
     def forward(
         self,
@@ -181,14 +186,15 @@ class DecoderLayer(nn.Module):
         """From the active positions (N, A, d) before the layer to those after it, and the chunk's keys and values.
 
         `chunk` (N, T, d) holds the hidden states at the last exit; active ones have gone on since. `past` has keys and
-        values (N, K, P, D). The FFN runs where the router's score reaches `threshold` (N,), everywhere without one.
+        values (N, K, P, D). The FFN runs where the router's score reaches `threshold` (N,), the shortcut elsewhere;
+        without a threshold it runs everywhere.
         """
         active, made = self.attend(active, chunk, places, past)
         normed = self.ffn_norm(active)
-        if threshold is None or self.router is None:
+        if threshold is None or self.router is None or self.shortcut is None:
             return active + self.feed(normed), made
         chosen = self.router(normed)[..., 0] >= threshold[:, None]  # (N, A)
-        return add_where(active, normed, chosen, self.feed), made
+        return feed_where(active, normed, chosen, self.feed, self.shortcut), made
 
     def attend(
         self, active: Tensor, chunk: Tensor, places: Places, past: tuple[Tensor, ...]

@@ -22,8 +22,9 @@ from offramp.models.frozen import early_parts
 from offramp.models.gates import GateOptions, best_gates, gate_loss, warm_loss
 from offramp.models.randomness import forked_random_state
 from offramp.models.routers import (
-    ImportanceSums,
     RouterOptions,
+    fit_routers,
+    fit_shortcuts,
     freeze_all_but_routers,
     router_loss,
     set_thresholds,
@@ -74,19 +75,18 @@ class Losses:
 
 
 def train_routers(decoder: EarlyExitDecoder, tokens: Tokens, phase: RouterPhase, seed: int = 0) -> Losses:
-    """Phase 1. Fit routers to how much each FFN is missed, let them learn end to end, set the thresholds."""
+    """Phase 1. Fit shortcuts to FFNs and routers to how much these are missed, let routers learn, set thresholds."""
     if not decoder.config.capacities:
         raise OptionError("training routers: the decoder has none; give it capacities")
     device = device_of(decoder)
     texts = torch.from_numpy(tokens).to(device)
     if phase.fitted:
-        sums = ImportanceSums(len(decoder.layers), decoder.config.width, device)
+        parts = torch.split(texts[: phase.fitted], phase.learn.batch)
+        decoder.requires_grad_(False)
         with products(device=device), forked_random_state():
             torch.manual_seed(seed)
-            decoder.requires_grad_(False)
-            for ids in torch.split(texts[: phase.fitted], phase.learn.batch):
-                sums.add(decoder, ids)
-        sums.fit(decoder)
+            fit_shortcuts(decoder, parts)
+            fit_routers(decoder, parts)
     parameters = freeze_all_but_routers(decoder)
     scores = [torch.zeros(1)]
 

@@ -1,8 +1,10 @@
 """Routers that say for whom a layer's FFN runs (Mixture-of-Depths, arXiv 2404.02258): a linear score per token.
 
-The decoder is frozen and nothing replaces an FFN that is skipped, so a router has one thing to learn: which FFNs are
-missed least. Scores of all layers are on one scale, and one threshold over all of them gives more FFNs to the layers
-and tokens that need them; `offramp` keeps the threshold per layer, so that other rules fit the same graph.
+The decoder is frozen and never learned to do without an FFN, so where one is skipped a shortcut stands in: an affine
+map of what the FFN would have read, fitted by least squares (as "Jump to conclusions", arXiv 2303.09435, fits whole
+layers), of an eighth of its weights. A router has one thing to learn: where the shortcut will not do. Scores of all
+layers are on one scale, and one threshold over all of them gives more FFNs to the layers and tokens that need them;
+`offramp` keeps the threshold per layer, so that other rules fit the same graph.
 """
 
 from __future__ import annotations
@@ -50,11 +52,22 @@ class RouterOptions:
         return 1 + (self.capacity - 1) * done / self.schedule
 
 
-def add_where(active: Tensor, normed: Tensor, chosen: Tensor, feed: Callable[[Tensor], Tensor]) -> Tensor:
-    """`active` (N, A, d) plus `feed(normed)` at the positions `chosen` (N, A), computed for those alone."""
-    places = chosen.flatten().nonzero()[:, 0]  # (R,)
-    fed = feed(normed.flatten(0, 1)[places])  # (R, d)
-    return active.flatten(0, 1).index_add(0, places, fed).view_as(active)
+def feed_where(
+    active: Tensor,
+    normed: Tensor,
+    chosen: Tensor,
+    feed: Callable[[Tensor], Tensor],
+    shortcut: Callable[[Tensor], Tensor],
+) -> Tensor:
+    """`active` (N, A, d) plus `feed(normed)` at positions `chosen` (N, A), and `shortcut(normed)` at all others.
+
+    Each is computed for its own positions alone.
+    """
+    fed, read = active.flatten(0, 1), normed.flatten(0, 1)
+    for where, way in ((chosen, feed), (~chosen, shortcut)):
+        places = where.flatten().nonzero()[:, 0]  # (R,)
+        fed = fed.index_add(0, places, way(read[places]))
+    return fed.view_as(active)
 
 
 def straight_through(scores: Tensor, threshold: Tensor | float, sharpness: float) -> Tensor:
@@ -94,19 +107,28 @@ class RoutedPass:
     scores: Tensor  # (L, N, T)
 
 
-Gates = Callable[[int, Tensor], Tensor | None]  # layer and scores (N, T) -> factors of its FFN (N, T), None for 1
+Gates = Callable[[int, Tensor], Tensor | None]  # layer and scores (N, T) -> shares of its FFN (N, T), None for 1
+Look = Callable[[int, Tensor, Tensor], None]  # layer, what its FFN reads (N, T, d) and what it says (N, T, d)
 
 
-def routed_pass(decoder: Any, ids: Tensor, gates: Gates) -> RoutedPass:
-    """Read whole texts (N, T) at full depth, every FFN multiplied by what `gates` makes of its router's scores."""
+def routed_pass(decoder: Any, ids: Tensor, gates: Gates, look: Look | None = None) -> RoutedPass:
+    """Read whole texts (N, T) at full depth, with the share of every FFN that `gates` makes of its router's scores.
+
+    The rest is the shortcut's. `look` is shown what FFNs read and say.
+    """
     places, nothing = decoder.whole(*ids.shape)
     hidden, scores = decoder.embedding(ids), []
     for number, layer in enumerate(decoder.layers):
         hidden, _ = layer.attend(hidden, hidden, places, nothing)
         normed = layer.ffn_norm(hidden)
         scores.append(layer.router(normed)[..., 0].float())
-        factor, fed = gates(number, scores[-1]), layer.feed(normed)
-        hidden = hidden + (fed if factor is None else fed * factor[..., None].to(fed.dtype))
+        share, fed = gates(number, scores[-1]), layer.feed(normed)
+        if look is not None:
+            look(number, normed, fed)
+        if share is not None:
+            instead = layer.shortcut(normed)
+            fed = instead + (fed - instead) * share[..., None].to(fed.dtype)
+        hidden = hidden + fed
     return RoutedPass(decoder.said(decoder.exits[-1], hidden).logits, torch.stack(scores))
 
 
@@ -124,54 +146,75 @@ def router_loss(decoder: Any, ids: Tensor, threshold: Tensor, options: RouterOpt
     return divergence + options.z_weight * z_loss(scores) + options.entropy_weight * choice_entropy(scores), said.scores
 
 
-class ImportanceSums:
-    """Least squares from what routers read to how much each FFN is missed, added up batch by batch.
+class LeastSquares:
+    """Affine maps, one per layer, from rows (P, d) to targets (P, k), added up batch by batch in float64."""
 
-    Leaving out an FFN's output f moves the answers by a divergence of (g . f)^2 / 2 in the mean over answers drawn from
-    the model, g being the gradient of their negative log-likelihood: the Fisher information in the direction f. A
-    router's score is fitted to the logarithm of it (in closed form: one backward pass per text, no learning rate).
-    """
-
-    def __init__(self, layers: int, width: int, device: torch.device | None = None) -> None:
+    def __init__(self, layers: int, width: int, targets: int, device: torch.device) -> None:
         self._squares = torch.zeros(layers, width + 1, width + 1, dtype=torch.float64, device=device)
-        self._products = torch.zeros(layers, width + 1, dtype=torch.float64, device=device)
+        self._products = torch.zeros(layers, width + 1, targets, dtype=torch.float64, device=device)
 
-    def add(self, decoder: Any, ids: Tensor) -> None:
-        """Read texts (N, T), draw an answer for every position, and look at every FFN's part in it."""
-        factors: list[Tensor] = []
-        read: list[Tensor] = []
-        hooks = [
-            layer.router.register_forward_pre_hook(lambda _, given: read.append(given[0])) for layer in decoder.layers
-        ]
+    def add(self, layer: int, rows: Tensor, targets: Tensor) -> None:
+        """One more batch of a layer."""
+        extended = functional.pad(rows.detach().double(), (0, 1), value=1.0)  # (P, d + 1)
+        self._squares[layer] += extended.T @ extended
+        self._products[layer] += extended.T @ targets.detach().double()
 
-        def gates(_: int, scores: Tensor) -> Tensor:
-            factors.append(torch.ones_like(scores, requires_grad=True))
-            return factors[-1]
-
-        try:
-            logits = routed_pass(decoder, ids, gates).logits.float().flatten(0, 1)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        drawn = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0]
-        parts = torch.autograd.grad(functional.cross_entropy(logits, drawn, reduction="sum"), factors)
-        for layer, (seen, part) in enumerate(zip(read, parts, strict=True)):
-            rows = functional.pad(seen.detach().flatten(0, 1).double(), (0, 1), value=1.0)  # (P, d + 1)
-            self._squares[layer] += rows.T @ rows
-            self._products[layer] += rows.T @ (part.flatten().double().square() + _LEAST).log()
-
-    def fit(self, decoder: Any, ridge: float = 0.3) -> None:
-        """Set the routers; `ridge` is the share of the mean square of a feature that is added to all of them."""
-        for layer, squares, products in zip(decoder.layers, self._squares, self._products, strict=True):
-            added = ridge * squares.diagonal().mean() * torch.eye(len(squares)).to(squares)
+    @torch.no_grad()
+    def fit(self, maps: Sequence[nn.Linear], ridge: float) -> None:
+        """Set `maps`; `ridge` is the share of the mean square of a feature that is added to all of them."""
+        for linear, squares, products in zip(maps, self._squares, self._products, strict=True):
+            added = ridge * squares.diagonal()[:-1].mean() * torch.eye(len(squares)).to(squares)
             added[-1, -1] = 0  # the mean is not held back
-            weights = torch.linalg.solve(squares + added, products).float()
-            with torch.no_grad():
-                layer.router.weight.copy_(weights[None, :-1])
-                layer.router.bias.copy_(weights[-1:])
+            found = torch.linalg.solve(squares + added, products)  # (d + 1, k)
+            linear.weight.copy_(found[:-1].T)
+            linear.bias.copy_(found[-1])
+
+
+@torch.no_grad()
+def fit_shortcuts(decoder: Any, texts: Sequence[Tensor]) -> None:
+    """Set all shortcuts to the least squares of what FFNs say on these texts, (N, T) each."""
+    width = decoder.config.width
+    sums = LeastSquares(len(decoder.layers), width, width, texts[0].device)
+
+    def look(layer: int, normed: Tensor, fed: Tensor) -> None:
+        sums.add(layer, normed.flatten(0, 1), fed.flatten(0, 1))
+
+    for ids in texts:
+        routed_pass(decoder, ids, lambda _, __: None, look)
+    sums.fit([layer.shortcut for layer in decoder.layers], _SHORTCUT_RIDGE)
+
+
+def fit_routers(decoder: Any, texts: Sequence[Tensor]) -> None:
+    """Set all routers to the least squares of how much each FFN is missed on these texts, (N, T) each.
+
+    A shortcut in the place of an FFN, f apart from it, moves the answers by a divergence of (g . f)^2 / 2 in the mean
+    over answers drawn from the model, g being the gradient of their negative log-likelihood: the Fisher information in
+    the direction f. A router's score is fitted to the logarithm of it (in closed form: one backward pass per text, no
+    learning rate).
+    """
+    sums = LeastSquares(len(decoder.layers), decoder.config.width, 1, texts[0].device)
+    for ids in texts:
+        shares: list[Tensor] = []
+        read: list[Tensor] = []
+
+        def gates(_: int, scores: Tensor, shares: list[Tensor] = shares) -> Tensor:
+            shares.append(torch.ones_like(scores, requires_grad=True))
+            return shares[-1]
+
+        def look(_: int, normed: Tensor, __: Tensor, read: list[Tensor] = read) -> None:
+            read.append(normed)
+
+        logits = routed_pass(decoder, ids, gates, look).logits.float().flatten(0, 1)
+        drawn = torch.multinomial(logits.detach().softmax(-1), 1)[:, 0]
+        parts = torch.autograd.grad(functional.cross_entropy(logits, drawn, reduction="sum"), shares)
+        for layer, (normed, part) in enumerate(zip(read, parts, strict=True)):
+            missed = (part.flatten().double().square() + _LEAST).log()
+            sums.add(layer, normed.flatten(0, 1), missed[:, None])
+    sums.fit([layer.router for layer in decoder.layers], _ROUTER_RIDGE)
 
 
 _LEAST = 1e-6  # of a squared gradient, so that it has a logarithm; layers of SmolLM2 have 0.1 to 4 in the mean
+_SHORTCUT_RIDGE, _ROUTER_RIDGE = 0.03, 0.3
 
 
 @torch.no_grad()

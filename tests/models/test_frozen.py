@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from offramp.errors import OptionError
 from offramp.models.adapters import UNKNOWN_LOGIT, DraftVocabulary
 from offramp.models.frozen import Additions, decoder_with
 from offramp.models.llama import decoder_from_llama
-from offramp.models.routers import EVERYBODY, add_where
+from offramp.models.routers import EVERYBODY, feed_where
 from tests import decoders
 from tests.models.test_decoder import said
 
@@ -36,19 +38,19 @@ def test_with_all_ffns_the_final_exit_is_the_model_it_is_put_on() -> None:
     assert torch.allclose(with_threshold(ids, everybody).exits[-1].logits, wanted, atol=1e-4)
 
 
-def test_an_ffn_runs_where_the_threshold_is_reached_and_nowhere_else() -> None:
+def test_an_ffn_runs_where_the_threshold_is_reached_and_its_shortcut_everywhere_else() -> None:
     generator = torch.Generator().manual_seed(4)
     active, normed = torch.randn(2, 5, 8, generator=generator), torch.randn(2, 5, 8, generator=generator)
     seen = []
 
-    def feed(rows: torch.Tensor) -> torch.Tensor:
+    def times(factor: int, rows: torch.Tensor) -> torch.Tensor:
         seen.append(len(rows))
-        return 3 * rows
+        return factor * rows
 
     for chosen in (torch.rand(2, 5, generator=generator) < 0.5, torch.zeros(2, 5, dtype=torch.bool)):
-        got = add_where(active, normed, chosen, feed)
-        assert torch.allclose(got, active + 3 * normed * chosen[..., None], atol=ATOL)
-        assert seen[-1] == chosen.sum()
+        got = feed_where(active, normed, chosen, partial(times, 3), partial(times, 2))
+        assert torch.allclose(got, active + torch.where(chosen[..., None], 3, 2) * normed, atol=ATOL)
+        assert seen[-2:] == [chosen.sum(), 10 - chosen.sum()]
 
 
 def test_rows_may_have_thresholds_of_their_own() -> None:

@@ -16,8 +16,10 @@ from offramp.models.llama import decoder_from_llama
 from offramp.models.phases import RouterPhase, Steps, train_routers
 from offramp.models.routers import (
     EVERYBODY,
+    LeastSquares,
     RouterOptions,
     choice_entropy,
+    fit_shortcuts,
     routed_pass,
     set_thresholds,
     straight_through,
@@ -102,10 +104,39 @@ def test_routers_learn_which_layer_is_missed_least() -> None:
     assert len(losses) == 4
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert changed
-    assert all("router" in name or name == "thresholds" for name in changed)
+    assert all("router" in name or "shortcut" in name or name == "thresholds" for name in changed)
     scores = routed_pass(model, ids, lambda _, __: None).scores.mean((1, 2))
     assert scores.argmin() == 1
     assert (scores[[0, 2]] - scores[1]).min() > 3  # logarithms of squares of a thousandth
+
+
+def test_least_squares_find_the_map_that_made_the_targets() -> None:
+    generator = torch.Generator().manual_seed(5)
+    maps = [torch.nn.Linear(6, 4) for _ in range(2)]
+    sums = LeastSquares(2, 6, 4, torch.device("cpu"))
+    for layer, linear in enumerate(maps):
+        for _ in range(3):  # batches add up
+            rows = torch.randn(9, 6, generator=generator)
+            sums.add(layer, rows, linear(rows))
+    found = [torch.nn.Linear(6, 4) for _ in range(2)]
+    sums.fit(found, ridge=1e-9)
+    for linear, wanted in zip(found, maps, strict=True):
+        assert torch.allclose(linear.weight, wanted.weight, atol=1e-4)
+        assert torch.allclose(linear.bias, wanted.bias, atol=1e-4)
+
+
+@torch.no_grad()
+def test_shortcuts_keep_what_is_said_without_ffns_nearer_to_what_was_said_with_them() -> None:
+    model, ids = routed(), texts(40)
+    wanted = routed_pass(model, ids, lambda _, __: None).logits.log_softmax(-1)
+
+    def apart() -> float:
+        said = routed_pass(model, ids, lambda _, scores: torch.zeros_like(scores)).logits.log_softmax(-1)
+        return (wanted.exp() * (wanted - said)).sum(-1).mean().item()
+
+    without = apart()
+    fit_shortcuts(model, texts(40).split(8))
+    assert apart() < 0.8 * without
 
 
 def test_an_epoch_without_routers_is_refused() -> None:
