@@ -2,7 +2,7 @@
 
 Physics: a decoder at batch 1 reads weights, three quarters of a layer's being its FFN's; skipping it for a token saves
 that reading, while the router, finding the chosen positions and putting results back cost a dozen small operators per
-layer, whether it is skipped or not. Nothing replaces what is skipped, so perplexity rises. In lossless mode nothing is
+layer, whether it is skipped or not. A linear shortcut, an eighth of it, stands in. In lossless mode nothing is
 lost: a draft token costs the layers to the exit and its small head, verifying a draft costs one token (a chunk of 8
 positions costs 1.15 of one), and the share of accepted proposals decides.
 

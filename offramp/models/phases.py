@@ -51,12 +51,16 @@ class Steps:
 
 @dataclass(frozen=True)
 class RouterPhase:
-    """`fitted` texts for the least squares that routers begin with, then steps, then `calibrated` texts."""
+    """`fitted` texts for the least squares that routers begin with, then steps, then `calibrated` texts.
+
+    The fit goes `rounds` times over its texts: shortcuts from the second on for those whose FFN routers would skip.
+    """
 
     fitted: int = 64
     learn: Steps = Steps(0, 4, 3e-3)
     calibrated: int = 16
     options: RouterOptions = RouterOptions()  # noqa: RUF009
+    rounds: int = 3
 
 
 @dataclass(frozen=True)
@@ -85,8 +89,9 @@ def train_routers(decoder: EarlyExitDecoder, tokens: Tokens, phase: RouterPhase,
         decoder.requires_grad_(False)
         with products(device=device), forked_random_state():
             torch.manual_seed(seed)
-            fit_shortcuts(decoder, parts)
-            fit_routers(decoder, parts)
+            for number in range(phase.rounds):
+                fit_shortcuts(decoder, parts, phase.options.capacity if number else 0.0)
+                fit_routers(decoder, parts)
     parameters = freeze_all_but_routers(decoder)
     scores = [torch.zeros(1)]
 

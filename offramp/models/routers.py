@@ -153,11 +153,12 @@ class LeastSquares:
         self._squares = torch.zeros(layers, width + 1, width + 1, dtype=torch.float64, device=device)
         self._products = torch.zeros(layers, width + 1, targets, dtype=torch.float64, device=device)
 
-    def add(self, layer: int, rows: Tensor, targets: Tensor) -> None:
-        """One more batch of a layer."""
+    def add(self, layer: int, rows: Tensor, targets: Tensor, weights: Tensor | None = None) -> None:
+        """One more batch of a layer; `weights` (P,) say how much each row counts, 1 without."""
         extended = functional.pad(rows.detach().double(), (0, 1), value=1.0)  # (P, d + 1)
-        self._squares[layer] += extended.T @ extended
-        self._products[layer] += extended.T @ targets.detach().double()
+        weighed = extended if weights is None else extended * weights[:, None].double()
+        self._squares[layer] += weighed.T @ extended
+        self._products[layer] += weighed.T @ targets.detach().double()
 
     @torch.no_grad()
     def fit(self, maps: Sequence[nn.Linear], ridge: float) -> None:
@@ -171,13 +172,22 @@ class LeastSquares:
 
 
 @torch.no_grad()
-def fit_shortcuts(decoder: Any, texts: Sequence[Tensor]) -> None:
-    """Set all shortcuts to the least squares of what FFNs say on these texts, (N, T) each."""
-    width = decoder.config.width
+def fit_shortcuts(decoder: Any, texts: Sequence[Tensor], capacity: float = 0.0) -> None:
+    """Set all shortcuts to the least squares of what FFNs say on these texts, (N, T) each.
+
+    With a `capacity` those count whose FFN would be skipped then, and the others a little, lest a layer that is never
+    skipped has nothing to learn from.
+    """
+    width, threshold = decoder.config.width, torch.tensor(math.inf)
+    if capacity:
+        found = [routed_pass(decoder, ids, lambda _, __: None).scores.flatten() for ids in texts]
+        threshold = threshold_at(torch.cat(found), capacity)
     sums = LeastSquares(len(decoder.layers), width, width, texts[0].device)
 
     def look(layer: int, normed: Tensor, fed: Tensor) -> None:
-        sums.add(layer, normed.flatten(0, 1), fed.flatten(0, 1))
+        rows = normed.flatten(0, 1)
+        skipped = decoder.layers[layer].router(rows)[:, 0] < threshold
+        sums.add(layer, rows, fed.flatten(0, 1), skipped.double().clamp(min=_OTHERS))
 
     for ids in texts:
         routed_pass(decoder, ids, lambda _, __: None, look)
@@ -215,6 +225,7 @@ def fit_routers(decoder: Any, texts: Sequence[Tensor]) -> None:
 
 _LEAST = 1e-6  # of a squared gradient, so that it has a logarithm; layers of SmolLM2 have 0.1 to 4 in the mean
 _SHORTCUT_RIDGE, _ROUTER_RIDGE = 0.03, 0.3
+_OTHERS = 0.05  # what a token whose FFN runs counts for the shortcut
 
 
 @torch.no_grad()

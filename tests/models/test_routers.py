@@ -19,6 +19,7 @@ from offramp.models.routers import (
     LeastSquares,
     RouterOptions,
     choice_entropy,
+    fit_routers,
     fit_shortcuts,
     routed_pass,
     set_thresholds,
@@ -115,9 +116,10 @@ def test_least_squares_find_the_map_that_made_the_targets() -> None:
     maps = [torch.nn.Linear(6, 4) for _ in range(2)]
     sums = LeastSquares(2, 6, 4, torch.device("cpu"))
     for layer, linear in enumerate(maps):
-        for _ in range(3):  # batches add up
+        for count in range(3):  # batches add up, and what counts nothing is not seen
             rows = torch.randn(9, 6, generator=generator)
-            sums.add(layer, rows, linear(rows))
+            sums.add(layer, rows, linear(rows), torch.ones(9) if count else None)
+            sums.add(layer, rows, rows[:, :4], torch.zeros(9))
     found = [torch.nn.Linear(6, 4) for _ in range(2)]
     sums.fit(found, ridge=1e-9)
     for linear, wanted in zip(found, maps, strict=True):
@@ -135,8 +137,17 @@ def test_shortcuts_keep_what_is_said_without_ffns_nearer_to_what_was_said_with_t
         return (wanted.exp() * (wanted - said)).sum(-1).mean().item()
 
     without = apart()
-    fit_shortcuts(model, texts(40).split(8))
-    assert apart() < 0.8 * without
+    parts = texts(40).split(8)
+    fit_shortcuts(model, parts)
+    everybody = apart()
+    assert everybody < 0.8 * without
+    with torch.enable_grad():
+        model.requires_grad_(False)
+        fit_routers(model, parts)
+    before = [layer.shortcut.weight.clone() for layer in model.layers]
+    fit_shortcuts(model, parts, capacity=0.5)
+    assert not all(torch.equal(layer.shortcut.weight, old) for layer, old in zip(model.layers, before, strict=True))
+    assert apart() < 0.9 * without
 
 
 def test_an_epoch_without_routers_is_refused() -> None:
