@@ -60,7 +60,7 @@ class RouterPhase:
     learn: Steps = Steps(0, 4, 3e-3)
     calibrated: int = 16
     options: RouterOptions = RouterOptions()  # noqa: RUF009
-    rounds: int = 3
+    rounds: int = 2
 
 
 @dataclass(frozen=True)
