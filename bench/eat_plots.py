@@ -36,10 +36,13 @@ def draw(
     matplotlib.rcParams["svg.hashsalt"] = "offramp"  # the same figures give the same file
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 3, figsize=(13, 4.6), layout="constrained", width_ratios=(1.4, 1.1, 1))
+    widths = [1.4, 1.1, 1] if all(test.retention.shape[1] for test in tests) else [1.4, 1.1]
+    size = 13 / 3.5 * sum(widths), 4.6
+    figure, axes = pyplot.subplots(1, len(widths), figsize=size, layout="constrained", width_ratios=widths)
     _frontier(axes[0], rows)
     _leaving(axes[1], rows, exits)
-    _retention(axes[2], tests)
+    if len(widths) == 3:
+        _retention(axes[2], tests)
     figure.suptitle(name, fontsize=11)
     stream = io.BytesIO()
     figure.savefig(stream, format="svg", metadata={"Date": None})
@@ -88,8 +91,6 @@ def _retention(axes: Any, tests: Sequence[Trace]) -> None:
     """The share of tokens that the final exit sees, over the length of a row: median and the middle 90 %."""
     axes.set_xlabel("tokens of a row")
     axes.set_ylabel("tokens left at the final exit, %")
-    if not all(test.retention.shape[1] for test in tests):
-        return
     lengths = np.concatenate([test.lengths for test in tests])
     left = 100 * np.concatenate([test.retention[:, -1] for test in tests])
     edges = np.unique(np.quantile(lengths, np.linspace(0, 1, _LENGTH_BINS + 1)))
