@@ -158,6 +158,8 @@ def compare(options: argparse.Namespace, work: Path) -> None:
             try:
                 results[name].append(run_one(work, name, one, options.quick))
             except OptionError as exc:  # BranchyNet has no layers to drop
+                if options.only or len(results) == 1:  # asked for by name, or refused whatever the strategy is
+                    raise
                 print(f"{name} is left out: {exc}", file=sys.stderr)
                 del results[name]
                 continue

@@ -30,7 +30,7 @@ from offramp.storage import storage_error, write_file
 
 BACKENDS = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}  # backend -> module
 MAX_OPT_LEVEL = 5  # IBuilderConfig.builder_optimization_level
-RTX_TARGETS = RTX_GPUS[1:]  # what TensorRT-RTX builds for where no compute capability is named: 7.5 must be
+RTX_TARGETS = RTX_GPUS[1:]  # where no compute capability is named: TensorRT-RTX builds for Turing (7.5) on request only
 _MAX_MESSAGES = 8
 # Layers by what they do: those that move or convert values say nothing about where the arithmetic happens.
 _MOVES = {"CONCATENATION", "GATHER", "SELECT", "SHUFFLE", "SLICE", "SQUEEZE", "UNSQUEEZE"}

@@ -92,7 +92,8 @@ class Decoder:
             cache.lengths[slot] = min(cache.lengths[slot], length)
 
     def restart(self) -> None:
-        """Forget all positions of all slots, and the memory that they took."""
+        """Forget all positions of all slots, and let go of the memory that they took."""
+        self._bound = [None] * len(self._segments)  # they hold on to it
         for cache in self._caches:
             cache.restart()
 
